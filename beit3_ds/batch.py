@@ -68,9 +68,9 @@ class PackedBatch(RowLayout):
     term_counts: tuple[int, ...] = ()
     """Number of predictions in this micro-batch for each loss term, in the order of `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
-    """Additional inputs of the task's head, by name; empty on pipeline stages without the head. Pipeline stages that
-    read the same samples check that their integer and bool targets are equal. They do not compare uint8 images and
-    floats."""
+    """Additional inputs of the task's head, by name; empty on pipeline stages that hold neither the embeddings nor the
+    head. Pipeline stages that read the same samples check that their integer and bool targets are equal. They do not
+    compare uint8 images and floats."""
     host_targets: Mapping[str, Tensor] = field(default_factory=dict)
     """Further targets: small tensors of integers or bools, such as sizes and counts. `to` leaves them in host memory,
     where the head reads their values without waiting for a device."""
@@ -225,8 +225,8 @@ class PackedBatch(RowLayout):
     def fingerprint(self) -> str:
         """Returns a digest by which ranks check that they read the same samples.
 
-        Covers the sequences, sample names, token ids, masks, head rows, stochastic-depth factors and integer targets,
-        but not the pixels.
+        Covers the sequences, sample names, token ids, masks, head rows, stochastic-depth factors, and integer and bool
+        targets, but not images and float targets.
         """
         digest = hashlib.sha256(
             repr(

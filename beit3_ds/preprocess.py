@@ -21,8 +21,8 @@ def preprocess(image: str | Path | bytes | Image.Image, image_size: int, *, crop
     Args:
         image: path of an image file, its bytes, or an opened Pillow image.
         image_size: side of the result in pixels, `model.config.image_size`.
-        crop: whether to crop to a square, as in pretraining and for ImageNet. False resizes the whole image to a
-            square, as the vision-language tasks do.
+        crop: whether to crop to a square, as in pretraining. False resizes the whole image to a square, as ImageNet
+            classification and the vision-language tasks do.
 
     Returns:
         Pixels, (3, image_size, image_size) float32 in [-1, 1]. `torch.stack` joins several to a batch.

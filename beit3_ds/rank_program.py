@@ -38,8 +38,8 @@ def run_rank_program(
 
     Returns:
         0 if the program ended normally, also if a stop signal ended it after a save. 1 for a failing file system, and 2
-        for an error that the user can fix. 128 + n if stop signal n ended the program without anything to save. Every
-        error is printed as one line.
+        for an error that the user can fix. 128 + n if stop signal n ended the program without anything to save. These
+        errors are printed without a traceback.
     """
     streams = keep_standard_streams()
     parser = OneLineParser(prog=name, description=description)

@@ -111,7 +111,8 @@ class Inputs:
     rank_task: RankTask
     """The task on this rank, with its files open."""
     initial_weights: InitialWeights | None
-    """Weights from which a run without a checkpoint starts; None draws initial values from the seed."""
+    """Weights from which a run without a checkpoint starts. None if the run has a checkpoint, or draws its initial
+    values from the seed."""
 
 
 def check_start(config: RunConfig) -> None:

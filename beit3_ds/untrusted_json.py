@@ -1,4 +1,6 @@
-"""Parses JSON from other programs, and rejects repeated keys, NaN, integers beyond 64 bits and oversized texts."""
+"""Parses JSON from other programs; rejects repeated keys, integers beyond 64 bits, oversized texts and, by default,
+NaN.
+"""
 
 import json
 from typing import Any, NoReturn
@@ -13,25 +15,25 @@ _LARGEST_INT = 2**63 - 1
 _MOST_DIGITS = 20
 
 
-def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, has_constants: bool = False) -> Any:
+def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, accepts_constants: bool = False) -> Any:
     """Parses an untrusted JSON text.
 
     Args:
         text: JSON text, as a string or in UTF-8.
         limit: maximum length in bytes or, for a string, in characters.
-        has_constants: whether to accept NaN and infinities.
+        accepts_constants: whether to accept NaN and infinities.
 
     Raises:
-        ValueError: if the text is too long, is not JSON or is nested too deep. Also for a repeated key, an integer
-            beyond 64 bits, a number beyond the largest float, or a constant that is not accepted. The message gives the
-            reason.
+        ValueError: if the text is too long, has too many lists or objects for its size, is not JSON or is nested too
+            deep. Also for a repeated key, an integer beyond 64 bits, a number beyond the largest float, or NaN or an
+            infinity that is not accepted. The message gives the reason.
     """
     check_json_size(text, limit)
     try:
         return json.loads(
             text,
             object_pairs_hook=_without_duplicates,
-            parse_constant=float if has_constants else _refuse_constant,
+            parse_constant=float if accepts_constants else _refuse_constant,
             parse_int=_parse_int,
             parse_float=_parse_float,
         )

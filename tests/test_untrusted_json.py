@@ -35,7 +35,7 @@ def test_what_is_refused(text: bytes, reason: str) -> None:
 def test_what_is_read() -> None:
     assert parse_untrusted_json(b'{"a": [1, -2.5, true, null, "x"]}') == {"a": [1, -2.5, True, None, "x"]}
     assert parse_untrusted_json(str([[1, 2, 3, 4, 5]] * 200_000))  # pieces of a checkpoint
-    assert parse_untrusted_json("[NaN]", has_constants=True)
+    assert parse_untrusted_json("[NaN]", accepts_constants=True)
 
 
 @pytest.mark.parametrize("value", [True, -1, 1.0, "1", None, [], {}])

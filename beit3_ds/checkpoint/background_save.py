@@ -25,10 +25,13 @@ _NOTICE_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOutcome:
-    """Result of a save. All ranks get equal values, except for the seconds, which each rank measures for itself."""
+    """Result of a save. All ranks get equal values, except for the seconds, which each rank measures for itself.
+
+    The errors also differ if ranks lose contact during the save.
+    """
 
     step: int
-    """Number of optimizer updates before the save."""
+    """Number of training steps before the save."""
     path: Path
     """Folder of the checkpoint."""
     error: str | None
@@ -81,7 +84,7 @@ class BackgroundSave:
 
         Args:
             state: training state of this rank: weights and optimizer moments.
-            step: number of optimizer updates so far.
+            step: number of training steps so far.
             data: position in the data and other state (`Index.data`); only the main rank's value is saved.
             begun: `time.monotonic()` at the start of the save.
         """
@@ -92,10 +95,11 @@ class BackgroundSave:
         self._start_thread(lambda: self._write(snapshot, step, data, begun, held_up))
 
     def wait(self) -> None:
-        """Waits until this rank's part of the current save has ended; returns immediately if no save is running.
+        """Waits until this rank's current save or reservation of memory has ended; returns immediately if there is
+        none.
 
         Raises:
-            StorageError: if the save takes longer than `timeout_seconds`; earlier checkpoints stay unchanged.
+            StorageError: if the wait takes longer than `timeout_seconds`; earlier checkpoints stay unchanged.
         """
         thread, self._thread = self._thread, None
         if thread is None:

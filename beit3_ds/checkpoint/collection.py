@@ -45,7 +45,7 @@ class CheckpointCollection:
         self._existed = root.exists()
 
     def path(self, step: int) -> Path:
-        """Returns the path of the checkpoint after `step` optimizer updates."""
+        """Returns the path of the checkpoint after `step` training steps."""
         return self.root / checkpoint_name(step)
 
     def paths(self) -> list[Path]:

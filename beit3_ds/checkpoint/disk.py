@@ -1,4 +1,4 @@
-"""Writes, syncs and renames checkpoint files, so that a file on disk is either complete or absent."""
+"""Writes, syncs and renames checkpoint files, so that a file or folder under its final name is complete."""
 
 import hashlib
 import os

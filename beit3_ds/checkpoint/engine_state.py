@@ -181,7 +181,7 @@ class EngineState:
         correct, but checkpoints would be wrong. Under ZeRO-3 the data-parallel ranks also gather a few parameters.
 
         Args:
-            step: number of optimizer updates so far; selects the samples, and must be equal on all ranks.
+            step: number of training steps so far; selects the samples, and must be equal on all ranks.
 
         Returns:
             A short description of the first tensor that differs; None if all samples are equal.
@@ -215,8 +215,9 @@ class EngineState:
         parameters that DeepSpeed keeps whole on every rank.
 
         Args:
-            read: function that returns a float32 slice of a tensor in `local_tensors`; called only for elements that
-                this rank owns.
+            read: function that returns a float32 slice of a tensor in `local_tensors`. It is called for the elements
+                that this rank owns. Under ZeRO-1 and 2, it is also called for the weights of all elements in this
+                rank's blocks.
             optimizer_step: AdamW's count of updates, used for bias correction.
         """
         self._load_weights(read, set(self._parameters))

@@ -70,7 +70,7 @@ class CheckpointFolder:
         """Returns the configuration of the model.
 
         Raises:
-            ConfigError: if the checkpoint is not of a BEiT-3 model, but for example of a visual tokenizer.
+            ConfigError: if the model is not a BEiT-3 model, but for example a visual tokenizer.
         """
         name = self.index.run.task_name
         if "ffn_hidden_size" not in self.index.run.model:
@@ -82,7 +82,7 @@ class CheckpointFolder:
 
     @property
     def step(self) -> int:
-        """Returns the number of optimizer updates before the checkpoint was saved."""
+        """Returns the number of training steps before the checkpoint was saved."""
         return self.index.step
 
     @property
@@ -310,7 +310,7 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
 
     Args:
         path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.
-        kind: kind of files to verify, a key of `FILE_KINDS`; None verifies all files.
+        kind: kind of files to verify, a key of `FILE_KINDS`; None verifies all files, "" none.
         averages: whether to read moving averages instead of weights. If true, the files of averages are verified and
             `kind` is ignored.
 

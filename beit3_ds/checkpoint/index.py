@@ -54,7 +54,8 @@ AVERAGE = "average"
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
 """Maps each kind of file to the kinds of values in the file. The name of a file starts with its kind."""
 BEST = "best"
-"""Key of the best evaluation in `Index.data`; the checkpoint of that evaluation's step is never deleted."""
+"""Key of the best evaluation so far in `Index.data`; a save does not delete the checkpoint of that evaluation's step.
+"""
 BUFFERS = "buffers"
 """First part of the names of buffer files, and key of the buffers in the index."""
 
@@ -84,7 +85,7 @@ class Index:
     """Content of a checkpoint's index file."""
 
     step: int
-    """Number of optimizer updates before the checkpoint was saved."""
+    """Number of training steps before the checkpoint was saved, including skipped steps."""
     optimizer_step: int
     """AdamW's count of updates; does not include skipped updates."""
     run: RunDescription
@@ -133,7 +134,7 @@ class Index:
 
 
 class BrokenIndexError(ValueError):
-    """Reports an index that is truncated, damaged or from another program, or whose pieces do not cover the tensors."""
+    """Reports an index that is missing or invalid, or that does not fit the checkpoint's files and tensors."""
 
 
 def index_limit(folder: Path) -> int:
@@ -150,7 +151,7 @@ def read_index(folder: Path) -> Index:
     try:
         limit = index_limit(folder)
         content = parse_untrusted_json(
-            read_regular(folder / INDEX_NAME, limit, follow_links=False), limit, has_constants=True
+            read_regular(folder / INDEX_NAME, limit, follow_links=False), limit, accepts_constants=True
         )
         return _parse(check_object(content))
     except BrokenIndexError:

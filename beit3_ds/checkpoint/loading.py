@@ -67,7 +67,8 @@ def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None
 
 
 def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescription, mesh: Mesh) -> int:
-    """Loads the training state from a checkpoint of any layout, and closes it; all ranks call this function.
+    """Loads the training state from a checkpoint of any layout, and closes the checkpoint; all ranks call this
+    function.
 
     Args:
         state: this rank's training state, which is overwritten.
@@ -76,7 +77,8 @@ def load_checkpoint(state: EngineState, folder: CheckpointFolder, run: RunDescri
         mesh: the mesh of ranks.
 
     Returns:
-        Number of optimizer updates before the checkpoint was saved. This is also the index of the next step.
+        Number of steps before the checkpoint was saved, including skipped steps. This is also the index of the next
+        step.
 
     Raises:
         ConfigError: if the checkpoint has another task, another model or other tokenizers, or a file contradicts the
@@ -111,8 +113,8 @@ def _examine(path: Path, mesh: Mesh, rank: int) -> tuple[CheckpointFolder | None
     """Opens a checkpoint and checks this rank's share of the files.
 
     Returns:
-        Pair (checkpoint, fault). The checkpoint is None where the folder is incomplete or has a wrong name. The
-        fault is a description of the first fault, or None if there is no fault.
+        Pair (checkpoint, fault). The checkpoint is None if the folder is incomplete or has a wrong name. The fault is a
+        description of the first fault, or None if there is no fault.
     """
     try:
         folder = CheckpointFolder(path)

@@ -34,7 +34,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class Piece(NamedTuple):
-    """A slice of a tensor, and the rank that wrote the slice to its file."""
+    """A slice of a tensor, and the rank whose file contains the slice."""
 
     rank: int
     part: TensorSlice

@@ -13,7 +13,8 @@ import torch
 from beit3_ds.parallel import Split
 
 BLOCK_ELEMENTS = 1 << 20
-"""Maximum number of elements (4 MiB of float32) that loading reads at once; a longer row is read whole."""
+"""Maximum number of elements (4 MiB of float32) that loading reads at once. If a row in a file is longer, loading reads
+the whole row."""
 
 
 class TensorSlice(NamedTuple):
@@ -37,7 +38,8 @@ class TensorSlice(NamedTuple):
     def blocks(self, max_elements: int) -> Iterator["TensorSlice"]:
         """Divides this slice into slices of at most `max_elements` elements, in row-major order.
 
-        A result consists of whole rows, or of a part of one row if a row has more than `max_elements` elements.
+        Each result consists of whole rows of this slice, or of a part of one row if a row has more than `max_elements`
+        elements.
         """
         width = self.right - self.left
         rows, columns = max(1, max_elements // max(1, width)), max(1, min(width, max_elements))

@@ -49,7 +49,7 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Returns the shape of each whole tensor of which this rank saves a slice, by name."""
+        """Maps the name of each tensor of which this rank saves a slice to the shape of the whole tensor."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> PieceTable:

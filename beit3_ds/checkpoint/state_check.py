@@ -30,7 +30,7 @@ def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
 
     Args:
         weights: ranges to compare.
-        step: number of optimizer updates so far; selects the samples.
+        step: number of steps so far; selects the samples.
 
     Returns:
         A short text with the tensor's name, and the number of different elements or the different sizes; None if all

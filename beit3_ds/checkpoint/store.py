@@ -49,13 +49,13 @@ class CheckpointStore:
         self._background.reserve_memory(state)
 
     def save(self, state: EngineState, step: int, data: Mapping[str, Any] | None = None) -> None:
-        """Starts saving the state after `step` optimizer updates; all ranks call it between two steps.
+        """Starts saving the state after `step` training steps; all ranks call it between two steps.
 
         Waits for the previous save, and copies the state to host memory. A thread then writes the copy to disk.
 
         Args:
             state: training state of this rank: weights and optimizer moments.
-            step: number of optimizer updates so far.
+            step: number of training steps so far.
             data: position in the data and other state (`Index.data`); only the main rank's value is saved.
 
         Raises:
@@ -115,7 +115,7 @@ class CheckpointStore:
         """Loads the training state from a checkpoint of any layout; all ranks call this method.
 
         Returns:
-            Number of optimizer updates before the checkpoint was saved. This is also the index of the next step.
+            Number of training steps before the checkpoint was saved. This is also the index of the next step.
 
         Raises:
             ConfigError: if the checkpoint has another task, another model or other tokenizers, or a file contradicts

@@ -99,8 +99,9 @@ def read_hostfile(path: str | Path) -> Hostfile:
     """Reads a hostfile and looks up the addresses of its hosts. The lookup takes at most two seconds.
 
     Raises:
-        ConfigError: if the file cannot be read or breaks a rule. Each line must be `NAME slots=RANKS`, there must be at
-            least one host, and no host may occur twice. If localhost is listed, it must be the only host.
+        ConfigError: if the file cannot be read or breaks a rule. Each line must be `NAME slots=RANKS`, a comment or
+            empty, there must be at least one host, and no host may occur twice. If localhost is listed, it must be the
+            only host.
     """
     path = Path(path)
     try:
@@ -123,8 +124,8 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
         path: path of the hostfile, for error messages.
 
     Raises:
-        ConfigError: if the text breaks a rule. Each line must be `NAME slots=RANKS`, there must be at least one host,
-            and no name may occur twice. If localhost is listed, it must be the only host.
+        ConfigError: if the text breaks a rule. Each line must be `NAME slots=RANKS`, a comment or empty, there must be
+            at least one host, and no name may occur twice. If localhost is listed, it must be the only host.
     """
     path = Path(path)
     hosts: list[HostSlots] = []

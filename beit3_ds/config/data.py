@@ -40,17 +40,17 @@ class SourceConfig:
     """Folder with the images that the annotation file names, or a pattern of tar files with these images
     (`coco/*.tar`)."""
     annotations: PathString = ""
-    """Second annotation file, for example the answers to the questions in `path`. Used only by formats that a task
-    adds."""
+    """Second annotation file, for example the answers to the questions in `path`, or a folder of label maps. Used only
+    by formats that a task adds."""
     split: str = ""
-    """Part of the annotation file to read, such as "val" of a Karpathy split. Empty reads the whole file. Used only by
-    formats that a task adds."""
+    """Name of a split, for example "val" to read only this split of a Karpathy file. Some formats need a split, and
+    others must have none (docs/tasks.md). Used only by formats that a task adds."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Sampling weight. The source supplies the fraction weight / (sum of all weights) of the stream's samples. Without
     weights, each sample of the stream is used once per epoch."""
 
     def __post_init__(self) -> None:
-        if self.is_of_task:
+        if self.has_task_format:
             return
         if (self.format in ANNOTATION_FORMATS) != bool(self.images):
             raise ConfigError(
@@ -70,7 +70,7 @@ class SourceConfig:
         return f"source '{self.path}'" + (f" of format {self.format}" if self.format else "")
 
     @property
-    def is_of_task(self) -> bool:
+    def has_task_format(self) -> bool:
         """Returns whether the source's format belongs to a single task, so that other tasks cannot read the source."""
         return self.format is not None and self.format not in IMAGE_FORMATS
 
@@ -200,7 +200,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for source in self.texts.sources:
-            if source.format is not None and not source.is_of_task:
+            if source.format is not None and not source.has_task_format:
                 raise ConfigError(
                     f"data.texts: source '{source.path}' has the format {source.format}, which is for images. Leave it "
                     f"out: the name of a text decides how it is read (.jsonl or .json, otherwise plain; .gz, .zst)."

@@ -37,11 +37,14 @@ def engine_config(
 ) -> dict[str, Any]:
     """Builds the configuration for `deepspeed.initialize`.
 
-    The result differs from the user's keys in three ways:
+    The result differs from the user's keys as follows:
 
+    * `train_batch_size` is left out, because DeepSpeed computes it.
     * `gradient_accumulation_steps` is 1, because this project's schedule runs the micro-batches.
     * `train_micro_batch_size_per_gpu` is the largest number of samples that a rank has per step. Only DeepSpeed's log
       uses this number.
+    * If the optimizer is offloaded, `zero_force_ds_cpu_optimizer` is false, because DeepSpeed would otherwise reject
+      torch's AdamW.
     * Monitors write below `output_dir`.
 
     Args:

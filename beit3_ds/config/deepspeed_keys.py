@@ -2,7 +2,7 @@
 
 Keys that have no effect in this project are refused. Rules that involve several keys are in `deepspeed_rules`.
 
-A key that may change the training state has test values (`Spec.samples`). For each of them,
+A key that may change the training state has test values (`Spec.samples`). For each value,
 tests/checkpoint/test_deepspeed_keys.py trains, saves, exports, loads and resumes.
 """
 

@@ -18,7 +18,7 @@ def check_deepspeed_rules(options: DeepSpeedOptions, training: TrainingConfig, p
         parallel: the section "parallel", which gives the layout.
 
     Raises:
-        ConfigError: if a combination is invalid; the message names the key to leave out.
+        ConfigError: if a combination is invalid; the message names the keys to change.
     """
     _check_types(options)
     _check_offloading(options)

@@ -85,6 +85,6 @@ Epsilon = Annotated[float, Range(0, 0.1, above=True)]
 Weight = Annotated[float, Range(0, 1e6)]
 """Factor on a loss term."""
 Seconds = Annotated[int, Range(1, 30 * 24 * 3600)]
-"""Timeout in seconds, at most 30 days; longer timeouts overflow the milliseconds of sockets and process groups."""
+"""Timeout in seconds, at most 30 days; much longer timeouts overflow the milliseconds of sockets and process groups."""
 Seed = Annotated[int, Range(0, LARGEST_INT)]
 """Seed that torch and numpy accept."""

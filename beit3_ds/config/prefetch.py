@@ -29,18 +29,22 @@ class PrefetchPlan:
         return self.num_workers * self.steps_per_worker * self.step_bytes
 
 
-def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both") -> PrefetchPlan:
+def plan_prefetch(
+    config: RunConfig, data_parallel_size: int, views: str = "both", *, pairs_per_sample: int = 1
+) -> PrefetchPlan:
     """Computes the numbers of data workers and prefetched steps per rank within the limit `data.prefetch_gib`.
 
     Args:
         config: the run's configuration.
         data_parallel_size: number of data-parallel ranks, which divide each step.
         views: which resized copies of each image the rank needs: "model", "tokenizer" or "both".
+        pairs_per_sample: number of image-text pairs per sample of `data.pairs`; 2 for NLVR2.
 
     Raises:
-        ConfigError: if a single step exceeds the limit.
+        ConfigError: if there are data workers and a single step exceeds the limit.
     """
-    data, num_bytes = config.data, step_bytes(config, data_parallel_size, views)
+    data = config.data
+    num_bytes = step_bytes(config, data_parallel_size, views, pairs_per_sample=pairs_per_sample)
     if data.num_workers == 0:
         return PrefetchPlan(step_bytes=num_bytes, num_workers=0, steps_per_worker=0)
     num_fitting = int(data.prefetch_gib * _GIB // num_bytes)
@@ -54,15 +58,17 @@ def plan_prefetch(config: RunConfig, data_parallel_size: int, views: str = "both
     return PrefetchPlan(step_bytes=num_bytes, num_workers=num_workers, steps_per_worker=num_steps // num_workers)
 
 
-def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both") -> int:
-    """Returns an upper bound on the size, in bytes, of one prepared step of one rank.
+def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both", *, pairs_per_sample: int = 1) -> int:
+    """Returns the modelled size, in bytes, of one prepared step of data-parallel rank 0.
 
     Args:
         config: the run's configuration.
         data_parallel_size: number of data-parallel ranks, which divide each step.
         views: which resized copies of each image the rank needs: "model", "tokenizer" or "both".
+        pairs_per_sample: number of image-text pairs per sample of `data.pairs`; 2 for NLVR2.
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
+    pairs *= pairs_per_sample
     data, model = config.data, config.backbone
     # Counts an id, a position and a target per token, which is the most that a task adds.
     tokens = 3 * (pairs * data.pair_text_length + texts * data.text_length)

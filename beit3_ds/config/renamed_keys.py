@@ -29,11 +29,12 @@ TOKENIZER_KEYS = {
     "save_interval": "training.save_interval",
     "bf16": "bf16.enabled",
 }
-"""Maps each key that was removed from "tokenizers.visual" to the key that replaces it in a tokenizer's own run."""
+"""Maps each key that was removed from "tokenizers.visual" to its replacement in the configuration of a run that trains
+a tokenizer."""
 
 
 def with_new_keys(config: Any) -> Any:
-    """Returns the configuration from an old checkpoint, with all keys under their current names and sections."""
+    """Returns an old checkpoint's configuration with current key names and sections, without `TOKENIZER_KEYS`."""
     renamed = _rename(config)
     if not isinstance(renamed, dict):
         return renamed
@@ -46,7 +47,7 @@ def with_new_keys(config: Any) -> Any:
 
 
 def without_tokenizer_keys(visual: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a "tokenizers.visual" section of version 0.1 without keys that configured the tokenizer's training."""
+    """Copies a "tokenizers.visual" section without the keys of version 0.1 that configured the tokenizer's training."""
     return {key: value for key, value in visual.items() if key not in TOKENIZER_KEYS}
 
 

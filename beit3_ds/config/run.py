@@ -215,7 +215,7 @@ _SECTION_CLASSES: dict[str, type] = {
 }
 
 
-def _find_key(name: str, known: Sequence[str]) -> str:
+def _hint_for_key(name: str, known: Sequence[str]) -> str:
     """Finds the key that the user of `--set` probably meant; returns a hint for the error message.
 
     If no valid key is similar, the hint lists the sections. The unknown key may be misspelt or lack its section.
@@ -241,7 +241,7 @@ def _apply_change(mapping: Any, change: str) -> None:
         raise ConfigError(f"expected a JSON object at the top, got {show(mapping)}.")
     known = [*SECTIONS, OWN_SECTION, *DEEPSPEED_KEYS]
     if keys[0] not in known:
-        raise ConfigError(f"{where}: unknown key '{keys[0][:_MAX_SHOWN]}'. {_find_key(keys[0], known)}")
+        raise ConfigError(f"{where}: unknown key '{keys[0][:_MAX_SHOWN]}'. {_hint_for_key(keys[0], known)}")
     value = parse_json_or_text(text, where)
     *sections, last = [OWN_SECTION, *keys] if keys[0] in SECTIONS else keys
     for section in sections:

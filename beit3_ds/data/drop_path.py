@@ -23,8 +23,9 @@ class Slot(NamedTuple):
 def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Sequence[Slot]) -> Tensor | None:
     """Draws which branches each sequence skips in stochastic depth (Huang et al., 2016, arXiv:1603.09382).
 
-    Layer l of L skips each branch with probability rate * l / (L - 1), for l from 0 to L - 1. The image and the text of
-    a pair always skip the same branches. Each draw depends only on (seed, step, slot, layer, branch).
+    Layer l of L skips each branch with probability rate * l / (L - 1), for l from 0 to L - 1. If the image and the text
+    of a pair are one sequence, they skip the same branches. Each draw depends only on (seed, step, slot, layer,
+    branch).
 
     Args:
         rate: skip probability in the last layer, below 1.

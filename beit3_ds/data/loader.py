@@ -16,9 +16,9 @@ def build_train_loader(
 ) -> Iterable[StepBatch]:
     """Builds an iterable over the steps of one rank, from `first_step` to the end of the run.
 
-    Each of n worker processes prepares every n-th step; the steps are yielded in order. A worker that dies or is
-    stopped is replaced. A broken record is skipped and listed in `StepBatch.broken_records`. Without `data.cache_dir`,
-    each worker keeps its own shard index and tokens.
+    Each of n worker processes prepares every n-th step; the steps are yielded in order. A worker that dies or stays
+    suspended is replaced. A broken record is skipped and listed in `StepBatch.broken_records`. Without
+    `data.cache_dir`, each worker keeps its own shard index and tokens.
 
     The prepared steps of a rank take at most `data.prefetch_gib` of shared memory (`StepDataset.prefetch`). A pixel of
     a view takes 3 bytes in pretraining and 12 bytes in fine-tuning. Two views of 224 px take 0.3 MB or 1.2 MB per
@@ -35,7 +35,7 @@ def build_train_loader(
 
     Raises:
         DataTimeoutError: if a step does not arrive in time.
-        WorkerLossError: if workers die repeatedly over one step.
+        WorkerLossError: if several workers die or stay suspended during one step.
     """
     limits = limits or WaitLimits(seconds=config.timeout_seconds)
     return _Steps(dataset, config, range(first_step, len(dataset)), limits)

@@ -18,7 +18,7 @@ from beit3_ds.data.images.augmentation import ViewTransform
 from beit3_ds.data.images.captioned import EachImage
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.randomness import sample_rng
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_sample_twice, open_images
 
 VALIDATION_EPOCH = -1
 """Epoch of validation and test samples. Their random draws are fixed and differ from the draws in training."""
@@ -202,5 +202,5 @@ def open_image_stream(data: DataConfig, stream: str, split: Split, build: Callab
         ConfigError: if files are missing or cannot be read.
     """
     files, sources = OpenFiles(data.max_open_files), getattr(data.streams()[stream], split)
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     return Stream(ConcatSources([build(source=open_images(source, data.cache_dir, files)) for source in sources]))

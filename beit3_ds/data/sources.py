@@ -56,8 +56,11 @@ class ConcatSources(Generic[SourceT]):
         return self._sources[source], index - self._ends[source] + self.sizes[source]
 
 
-def check_no_file_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:
-    """Checks that no two sources of one stream share a file or a folder, because shared samples would be used twice.
+def check_no_sample_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:
+    """Checks that no two sources of one stream use the same samples.
+
+    Two sources must not share a file or a folder. However, sources with different values of `split` may share a file,
+    because they share no sample.
 
     Args:
         sources: sources of one stream, such as all sources of image-text pairs.

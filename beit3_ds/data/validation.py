@@ -51,7 +51,8 @@ class ValidationBatches:
         """Prepares the batches that are not in memory yet; returns early on a stop signal.
 
         Raises:
-            ConfigError: if a record is broken, or reading it exceeds the time limit; the message names the record.
+            ConfigError: if a record is broken, or a batch is not ready within the time limit; the message names the
+                record.
         """
         thread = ReaderThread("reading validation data")
         try:
@@ -102,12 +103,13 @@ def build_validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> ValidationBatches:
-    """Builds this rank's validation batches, from at most `TrainingConfig.loss_samples` validation samples per stream.
+    """Builds this rank's share of the batches for the validation loss.
 
-    The samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, not on the layout
-    of ranks. All samples of a stream in one batch come from one source. A batch is at most as large as the largest
-    micro-batch. Every rank has the same number of batches; some batches may be smaller or empty. Streams without
-    validation files are omitted.
+    The batches of all ranks together contain at most `TrainingConfig.loss_samples` validation samples per stream. The
+    samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, not on the layout of
+    ranks. All samples of a stream in one batch come from one source. Per stream, a batch has at most as many samples as
+    a micro-batch can have. A stream without training samples uses the largest such number of any stream. Every rank has
+    the same number of batches; some batches may be smaller or empty. Streams without validation files are omitted.
 
     Args:
         config: the run's configuration.
@@ -168,8 +170,8 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
 def divide_by_size(sizes: Sequence[int], limit: int) -> list[int]:
     """Divides at most `limit` samples among sources in proportion to their sizes; returns each source's share.
 
-    Shares are rounded down, and the sources with the largest remainders get the remaining samples. Each source that
-    still has no sample takes one from the largest share, if that share has at least two.
+    Shares are rounded down, and the sources with the largest remainders get the remaining samples. Each non-empty
+    source whose share is still 0 takes one sample from the largest share, if that share has at least two.
     """
     total = sum(sizes)
     limit = min(limit, total)

@@ -9,7 +9,7 @@ from beit3_ds.config import ConfigError, DataConfig, SourceConfig
 from beit3_ds.config.data import Split
 from beit3_ds.data.files.patterns import expand_patterns, is_inside, list_folders
 from beit3_ds.data.files.reading import read_with_retries
-from beit3_ds.data.sources import check_no_file_twice, image_format
+from beit3_ds.data.sources import check_no_sample_twice, image_format
 from beit3_ds.printing import printable
 
 
@@ -64,7 +64,7 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
                         raise _overlap(path, folder, f"share {printable(shared)} through links")
     for stream in streams.values():
         for sources in (stream.train if stream.samples_per_step else (), stream.validation, stream.test):
-            check_no_file_twice(sources, must_exist)
+            check_no_sample_twice(sources, must_exist)
 
 
 def describe_shared_images(splits: Mapping[Split, Iterable[object]]) -> list[str]:

@@ -13,7 +13,7 @@ from beit3_ds.model import TaskModel
 from beit3_ds.preprocess import open_image
 from beit3_ds.tasks.detection.categories import Categories, Category, stored_categories
 from beit3_ds.tasks.detection.config import DetectionConfig
-from beit3_ds.tasks.detection.evaluation import drawn_detections
+from beit3_ds.tasks.detection.evaluation import detections_to_draw
 from beit3_ds.tasks.detection.head import DetectionHead
 from beit3_ds.tasks.detection.packing import pack
 from beit3_ds.tasks.detection.pictures import draw_objects
@@ -86,7 +86,7 @@ class Detector:
         self, image: str | Path | bytes | Image.Image, record: DetectionRecord, least_score: float = 0.3
     ) -> Image.Image:
         """Draws the detections of at least `least_score` over an image; returns a new image."""
-        return draw_objects(open_image(image), drawn_detections(record, self.categories.names, least_score))
+        return draw_objects(open_image(image), detections_to_draw(record, self.categories.names, least_score))
 
     def _detect(self, image: Image.Image) -> DetectionRecord:
         config = self._model.config

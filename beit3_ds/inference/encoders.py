@@ -34,7 +34,7 @@ class VisionEncoder:
         """Wraps a model.
 
         Args:
-            model: a model with all layers that accepts images.
+            model: model that accepts images; must have all layers.
             crop: True crops each image to its largest centred square; False squeezes the whole image into a square.
         """
         self.model = model

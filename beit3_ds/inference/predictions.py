@@ -31,7 +31,7 @@ _DIGITS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Prediction for one image, for one text, or for one statement about two images."""
+    """Prediction for one image, one question about an image, one text, or one statement about two images."""
 
     images: Sequence[Path]
     """Image files of the prediction."""
@@ -220,7 +220,7 @@ def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_sh
 
 @contextmanager
 def broken_images() -> Iterator[None]:
-    """Context manager that raises a `ConfigError` instead of the ValueError of a broken image."""
+    """Raises a `ConfigError` instead of the ValueError of a broken image, inside a `with` block."""
     try:
         yield
     except ConfigError:

@@ -75,7 +75,8 @@ class RowParallelMultiwayLinear(nn.Module):
 
     Can apply GELU and a sub-LayerNorm to its input. Communicates like `TensorParallel.reduce_scatter_to`. With a
     sub-LayerNorm, the ranks also exchange two floats per row in the forward pass, and two in the backward pass. Each
-    rank holds the whole bias, which is added once, after the reduction. Parameters are named as in
+    rank holds the whole bias, which is added once, after the reduction. With sequence parallelism, the backward pass
+    all-reduces the gradients of the biases (`TensorParallel.share`). Parameters are named as in
     ColumnParallelMultiwayLinear.
     """
 

@@ -34,9 +34,9 @@ class ParameterGroup(NamedTuple):
 def decays(name: str) -> bool:
     """Returns whether weight decay applies to a parameter, given its logical name.
 
-    Weight decay does not apply to biases, norms and learned factors. Nor does it apply to embeddings of positions,
-    levels, CLS, mask tokens and segmentation queries. The rule uses names instead of shapes, because ZeRO-3 changes the
-    shapes of partitioned parameters.
+    Weight decay does not apply to biases, norms, learned factors, embeddings of positions and levels, CLS and mask
+    tokens, and segmentation queries. The rule uses names instead of shapes, because ZeRO-3 changes the shapes of
+    partitioned parameters.
     """
     return not _NO_DECAY.search(name)
 

@@ -138,7 +138,7 @@ class TaskModel(BEiT3, StageModel):
         return self.embeddings.word.weight
 
     def tie_word_embeddings(self) -> None:
-        """Ties the weight of the head's word layer to the word embedding, if `tie_word_embeddings` is set."""
+        """Ties the weight of the head's word layer to the word embedding, if `has_tied_embedding` is true."""
         table = self.tied_word_layer
         if table is not None:
             table.tie_weight(None if self.embeddings is None else self.embeddings.word.weight)

@@ -12,7 +12,9 @@ class Shareable(Protocol):
     """Declares the interface of items, such as batches, that ranks send to each other."""
 
     def without_pixels(self) -> Self:
-        """Returns the item without pixels, for pipeline stages that hold neither the embeddings nor the head."""
+        """Returns the item without pixels and targets, for pipeline stages that hold neither the embeddings nor the
+        head.
+        """
 
     def fingerprint(self) -> str:
         """Returns a digest that identifies the samples, equal on all ranks that read the same samples."""
@@ -35,8 +37,8 @@ class BroadcastBatches(Generic[ItemT]):
     """Yields items on all ranks of a model copy, although only some ranks read data (`Mesh.is_reader`).
 
     Tensor-parallel rank 0 of the first stage and of the last stage read the same samples, and compare digests of the
-    samples. The first stage sends its items, without pixels, to the stages in between. Tensor-parallel rank 0 of each
-    stage sends the stage's items to the other tensor-parallel ranks.
+    samples. The first stage sends its items, without pixels and targets, to the stages in between. Tensor-parallel rank
+    0 of each stage sends the stage's items to the other tensor-parallel ranks.
 
     All ranks must request the same number of items. An error in reading data on one rank is raised on all ranks of the
     model copy.
@@ -53,7 +55,9 @@ class BroadcastBatches(Generic[ItemT]):
         self._items, self._mesh, self._type = items, mesh, item_type
 
     def __iter__(self) -> Iterator[ItemT]:
-        """Yields this stage's items, with pixels on the first and last stage and without pixels on other stages."""
+        """Yields this stage's items: whole items on the first and last stage, and items without pixels and targets on
+        other stages.
+        """
         if self._mesh.model_parallel_size == 1:
             yield from self._items
             return

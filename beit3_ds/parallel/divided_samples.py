@@ -1,7 +1,7 @@
 """Divides the samples of a micro-batch over tensor-parallel ranks, for heads whose parameters are not split.
 
 Each tensor-parallel rank has a copy of such a head. If every rank computed all samples, the copies would diverge:
-operations such as ROIAlign and grid_sample sum gradients by atomic additions in random order. Instead, each rank
+operations such as RoIAlign and grid_sample sum gradients by atomic additions in random order. Instead, each rank
 computes its own samples, and gradients are summed over the ranks. The sums are bitwise equal on all ranks.
 """
 

@@ -24,8 +24,8 @@ class HostGroup:
     is the `HostGroup` of all ranks. `Mesh.host.among` returns subgroups for the axes of the mesh. Any other thread that
     communicates needs its own group (`build_host_group`).
 
-    Messages follow binomial trees. A sum over P ranks takes 2 log2(P) consecutive messages, such as 18 for 512 ranks.
-    Each rank connects to at most log2(P) others. In contrast, gloo's all-reduce takes 2 P messages in a ring and
+    Messages follow binomial trees. A sum over P ranks takes 2 log2(P) consecutive messages, such as 18 for 512 ranks,
+    and connects each rank to at most log2(P) others. In contrast, gloo's all-reduce takes 2 P messages in a ring and
     connects all pairs. Sums are bitwise equal on all ranks.
 
     All ranks of a group must call the methods in the same order. Values must be of the types that `host_value.pack`

@@ -26,8 +26,8 @@ class Mesh:
     """Holds this rank's position in the mesh (pipeline x data x tensor), and the process groups along its axes.
 
     By default, the mesh has a single rank. Global rank = (pipeline rank * data_parallel_size + data rank) *
-    tensor_parallel_size + tensor rank. Tensor-parallel ranks communicate most, so they have consecutive numbers and
-    share a node.
+    tensor_parallel_size + tensor rank. Tensor-parallel ranks communicate most. They have consecutive numbers, so that
+    they can share a node.
 
     Process groups and the `sum_*` methods accept only tensors on this rank's device, because NCCL rejects CPU tensors.
     Values in host memory are exchanged through `host`, `data_host`, `tensor.host` and `pipeline.host`.
@@ -67,7 +67,7 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Returns whether this is global rank 0, the only rank that prints and writes reports."""
+        """Returns whether this is global rank 0, the only rank that prints progress and writes reports."""
         return self.pipeline.is_first and self.data_parallel_rank == 0 and self.tensor.rank == 0
 
     @property

@@ -3,9 +3,9 @@
 Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3. Sequence parallelism follows Korthikanti et al., 2022,
 arXiv:2205.05198, section 4.2.
 
-The residual stream is (T, D): packed tokens by hidden size. Between tensor-parallel layers, every rank holds all T
-rows. With sequence parallelism, each of the P ranks holds n = ceil(T / P) rows: rank r holds rows [r * n, (r + 1) * n).
-The residual stream is then padded with zeros to P * n rows.
+The residual stream is (T, D): packed tokens by hidden size. Without sequence parallelism, every rank holds all T rows
+between tensor-parallel layers. With sequence parallelism, each of the P ranks holds n = ceil(T / P) rows: rank r holds
+rows [r * n, (r + 1) * n). The residual stream is then padded with zeros to P * n rows.
 """
 
 # T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.
@@ -65,7 +65,7 @@ class TensorParallel:
     host: HostGroup = field(default_factory=HostGroup)
     """Group of the P ranks for values in host memory."""
     sequence_parallel: bool = False
-    """Whether each rank holds only its part of the rows outside of tensor-parallel layers."""
+    """Whether each rank holds only its own rows between tensor-parallel layers. Has no effect if P is 1."""
 
     @property
     def divides_rows(self) -> bool:
@@ -162,9 +162,9 @@ class TensorParallel:
     def split_vocabulary(self, size: int) -> Split:
         """Splits the rows of a vocabulary over the ranks, and returns this rank's part.
 
-        Each rank holds ceil(size / P) rows, rounded up to a multiple of 64 if `size` is at least 64 P. Rows beyond the
-        vocabulary are padding. With the same number of rows on all ranks, ZeRO flattens parameters in the same way on
-        all ranks. So replicated parameters stay bitwise equal.
+        Each rank holds ceil(size / P) rows, rounded up to a multiple of 64 if P exceeds 1 and `size` is at least 64 P.
+        Rows beyond the vocabulary are padding. With the same number of rows on all ranks, ZeRO flattens parameters in
+        the same way on all ranks. So replicated parameters stay bitwise equal.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
         alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1

@@ -41,8 +41,8 @@ class Schedule:
     ) -> None:
         """Stores the arguments, and registers hooks on the gradients of the engine's model.
 
-        The hooks find non-finite gradients (`GradientProbe`). In a pipeline with a tied word table, the first stage's
-        hook also adds the gradient of the last stage's copy (`TiedWordEmbedding`).
+        The hooks find non-finite gradients (`GradientProbe`). In a pipeline with a tied word embedding, another hook on
+        the first stage adds the gradient of the last stage's copy (`TiedWordEmbedding`).
 
         Args:
             engine: DeepSpeed engine of this stage's `StageModel`, with gradient accumulation 1.

@@ -78,7 +78,9 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """Divides the layers from `start` on; returns the smallest sum of squared costs and the end of each chunk."""
+        """Divides the items from `start` on into chunks of at most `limit`; returns the smallest sum of squared chunk
+        costs and the end of each chunk.
+        """
         ends = [len(costs)] if chunks == 1 else range(start + 1, len(costs) - chunks + 2)
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())
         for end in ends:

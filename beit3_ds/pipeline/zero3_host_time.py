@@ -78,7 +78,7 @@ def _add_to_bucket(optimizer: DeepSpeedZeroOptimizer_Stage3, parameter: Any) -> 
 def _average_gradients(
     optimizer: DeepSpeedZeroOptimizer_Stage3, parameters: Sequence[Any], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Returns this rank's part of the mean of each parameter's gradient over the ranks.
+    """Averages each parameter's gradient over the ranks, and returns this rank's part of each average.
 
     Args:
         optimizer: ZeRO-3's optimizer.
@@ -91,7 +91,7 @@ def _average_gradients(
 
 
 def _reduce_scatter(gradients: Sequence[Tensor], group: Any, buffer: Tensor | None) -> list[Tensor]:
-    """Returns this rank's part of the mean of each gradient over the ranks. May overwrite the gradients.
+    """Averages each gradient over the ranks, and returns this rank's part of each average. May overwrite the gradients.
 
     Reduce-scatters all gradients at once. Gradients are padded with zeros, so all ranks' parts have the same size.
 

@@ -12,6 +12,7 @@ from beit3_ds.planner.memory import Memory, rank_memory
 from beit3_ds.planner.model_state import ModelState, model_state
 from beit3_ds.planner.rank_model import build_rank_model
 from beit3_ds.planner.workload import expected_workloads
+from beit3_ds.tasks import build_task
 
 _GIB = 1 << 30
 _RANK_BYTES = int(0.6 * _GIB)  # 0.54 measured on a CPU after all imports; does not include a CUDA context
@@ -165,26 +166,31 @@ def _node_requirements(
 ) -> HostRequirements:
     data_parallel_size = config.parallel.data_parallel_size(world_size)
     readers = [kind.views for kind in node if kind.views]
-    plans = {views: plan_prefetch(config, data_parallel_size, views) for views in set(readers)}
+    pairs_per_sample = build_task(config).pairs_per_sample
+    plans = {
+        views: plan_prefetch(config, data_parallel_size, views, pairs_per_sample=pairs_per_sample)
+        for views in set(readers)
+    }
     samples = config.step_shares(data_parallel_size).rank_samples(0)
+    images = len(readers) * (samples.images + samples.pairs * pairs_per_sample)
     state, offloaded, pinned = (sum(state_bytes[kind.stage][part] for kind in node) for part in range(3))
     return HostRequirements(
         shm=sum(plans[views].num_bytes for views in readers),
         ranks=len(node) * _RANK_BYTES,
-        workers=sum(_worker_bytes(config, data_parallel_size, plans[views]) for views in readers),
+        workers=sum(_worker_bytes(config, data_parallel_size, plans[views], pairs_per_sample) for views in readers),
         validation=sum(_validation_bytes(config, data_parallel_size, views) for views in readers),
         checkpoint=state,
         offloaded=offloaded,
         pinned=pinned,
         num_workers=sum(plans[views].num_workers for views in readers),
-        images_per_step=len(readers) * (samples.images + samples.pairs),
-        records_per_step=len(readers) * (samples.images + samples.pairs),
+        images_per_step=images,
+        records_per_step=images,
     )
 
 
-def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan) -> int:
+def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan, pairs_per_sample: int) -> int:
     """Returns the modelled bytes of one rank's data workers. Each holds libraries, one step and one micro-batch."""
-    both = step_bytes(config, data_parallel_size, "both")
+    both = step_bytes(config, data_parallel_size, "both", pairs_per_sample=pairs_per_sample)
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 
 

@@ -91,7 +91,7 @@ class RankModel:
         return self.config.options.zero_stage
 
     def zero_elements(self, key: str) -> int:
-        """Returns the value of a key of `zero_optimization` in elements.
+        """Returns the value of a key in `zero_optimization`, which is a number of elements.
 
         If the key is not set, returns DeepSpeed's default.
         """
@@ -99,8 +99,8 @@ class RankModel:
 
     @property
     def tied_elements(self) -> int:
-        """Returns the number of elements in a tensor-parallel rank's part of the word table if two stages hold the
-        table, else 0.
+        """Returns the number of elements in a tensor-parallel rank's part of the word embedding if two stages hold the
+        embedding, else 0.
         """
         model = self.config.model
         if not model.has_tied_embedding or self.num_stages == 1:

@@ -22,7 +22,7 @@ class RetryingStream(io.RawIOBase):
 
     Attributes:
         reports_closed_pipe: whether to call the constructor's function `report` when the reader of a pipe has ended;
-            False by default. Other errors are always reported.
+            False by default.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class RetryingStream(io.RawIOBase):
             open_descriptor: function that returns the file descriptor. If it raises an `OSError`, the write has failed,
                 and the next write calls it again.
             report: function that takes an error. It is called for the first error, and for the first error after each
-                recovery. No lock is held during the call.
+                recovery. A full non-blocking pipe is never reported. A pipe whose reader has ended is reported only
+                with `reports_closed_pipe`. No lock is held during the call.
             limit: maximum bytes kept in memory. Further bytes are dropped, and a line in the stream counts the dropped
                 bytes.
         """
@@ -104,7 +105,9 @@ class RetryingStream(io.RawIOBase):
         return error is None
 
     def finish(self) -> None:
-        """Tries a last time to write all unwritten bytes; waits up to five seconds if a non-blocking pipe is full."""
+        """Tries a last time to write all unwritten bytes. While a non-blocking pipe is full, waits for its reader, each
+        time up to five seconds.
+        """
         if not self.retry() and isinstance(self._error, BlockingIOError):
             with contextlib.suppress(OSError, ValueError):
                 while select.select([], [self._descriptor], [], _FULL_PIPE_SECONDS)[1] and not self.retry():

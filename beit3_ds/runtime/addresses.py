@@ -24,18 +24,19 @@ def is_loopback(address: str) -> bool:
 
 
 def find_meeting_address(launch: Launch) -> str:
-    """Returns the address of rank 0 as seen from this host.
+    """Returns the address at which this host reaches rank 0.
 
-    Normally this is the address of MASTER_ADDR. On rank 0's own host, MASTER_ADDR may resolve to a loopback address
+    Normally this is MASTER_ADDR or its IP address. On rank 0's own host, MASTER_ADDR may resolve to a loopback address
     (Debian writes 127.0.1.1 into /etc/hosts) or to another host's address. Then the function returns this host's only
     outer IPv4 address (`_outer_addresses`). GLOO_SOCKET_IFNAME limits the choice to one interface.
 
-    The function returns MASTER_ADDR's loopback address if all ranks run on this host, if MASTER_ADDR is itself that
-    address or `localhost`, or if there is no outer IPv4 address to choose.
+    The loopback address is returned in three cases: all ranks run on this host, MASTER_ADDR is itself that address or
+    `localhost`, or there is no outer IPv4 address to choose.
 
     Raises:
         OSError: if MASTER_ADDR cannot be resolved.
-        ConfigError: if this is rank 0's host, and several addresses or none are possible.
+        ConfigError: if an outer IPv4 address is needed and there are several to choose from, or if there is none and
+            MASTER_ADDR resolves to another host's address.
     """
     assert launch.master_addr is not None
     found = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_STREAM)
@@ -63,7 +64,9 @@ def find_meeting_address(launch: Launch) -> str:
 
 
 def find_interface(address: str) -> str | None:
-    """Returns the name of the network interface with an address; None if no interface of this host has that address."""
+    """Returns the name of the network interface with an address; None if this host has no such interface. Every
+    loopback address belongs to the loopback interface.
+    """
     for name, found in psutil.net_if_addrs().items():
         own = [entry.address.partition("%")[0] for entry in found if entry.family in (socket.AF_INET, socket.AF_INET6)]
         if address in own or (is_loopback(address) and any(map(is_loopback, own))):

@@ -24,7 +24,7 @@ class Failure(NamedTuple):
 class FailureDetector:
     """Runs on rank 0, and detects failures of ranks from the heartbeats that all ranks send.
 
-    `Watchdog` lists the four kinds of failures.
+    `Watchdog` lists the kinds of failures. This class detects all of them except a store that does not answer.
     """
 
     def __init__(self, parallel: ParallelConfig, statuses: RankStatuses, describe: Callable[[int], str]) -> None:

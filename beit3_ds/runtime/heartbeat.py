@@ -160,6 +160,8 @@ class RankStatuses:
         ]
 
     def describe(self, rank: int) -> str:
-        """Returns a text with the step and phase of a rank's main thread, and with the duration of the phase so far."""
+        """Returns a text with the step and phase of a rank's main thread, and with the seconds since the rank's latest
+        change (`RankStatus.unchanged_seconds`).
+        """
         status = self._ranks[rank]
         return f"step {status.beat.step}, {status.beat.phase}, for {status.unchanged_seconds:.0f} s"

@@ -1,4 +1,6 @@
-"""Reads the environment variables that launchers set for each rank. No other module reads these variables."""
+"""Reads the environment variables that launchers set for each rank. Training processes learn their rank and rank 0's
+address only from this module.
+"""
 
 import os
 import re
@@ -56,8 +58,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     """Reads how this rank was launched, from the variables of torch, MPI or Slurm, in this order of precedence.
 
     MPI precedes Slurm, because mpirun starts its daemons with srun. Variables of PMI are used only if those of Hydra
-    exist too. Variables of Slurm are used only if srun started several tasks. MASTER_ADDR and MASTER_PORT override the
-    values of MPI and Slurm.
+    exist too. Variables of Slurm are used only if srun started several tasks. Without any usable variables, this
+    process is the only rank. MASTER_ADDR and MASTER_PORT override the values of MPI and Slurm.
 
     Raises:
         ConfigError: if variables are missing, are not numbers, or contradict each other.

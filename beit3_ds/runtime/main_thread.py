@@ -15,7 +15,7 @@ def describe_main_thread(otherwise: str) -> str:
     At the end, the text names the line of this package that the thread executes.
 
     Args:
-        otherwise: text in place of this name if the thread has no known file or folder and no known wait; may be empty.
+        otherwise: first part of the text if no file, folder or wait is known; may be empty.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     lines, paths, awaited = [], [], []

@@ -101,8 +101,8 @@ class Rendezvous:
         Sends a few hundred bytes per rank.
 
         Raises:
-            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS`; if rank 0 cannot listen; if a rank does
-                not connect in time; or if a rank's software or code differs from rank 0's.
+            ConfigError: if rank 0's host does not answer for `SILENCE_SECONDS`; if rank 0 cannot listen or ends; if a
+                rank does not connect in time; or if a rank's secret, software or code differs from rank 0's.
         """
         serves = self._launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._address = self._find_address()
@@ -218,7 +218,7 @@ class Rendezvous:
         return hmac.digest(self._secret, " ".join(words).encode(), "sha256")
 
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Waits on rank 0 for all ranks, sends an answer to all ranks, and returns the answer.
+        """Waits for all ranks, sends an answer to them, and returns the answer. Only rank 0 calls this method.
 
         The answer has the address and number of threads of each rank, or an error message.
 

@@ -16,7 +16,8 @@ NOTICE_SECONDS = 60.0
 """Seconds between two messages about a start that makes no progress."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""Fraction of one core's time. A process that uses a smaller fraction counts as idle."""
+"""Fraction of one core's time. The start makes no progress if the process uses a smaller fraction, and the main thread
+uses no CPU time."""
 
 
 class StartupWatchdog:

@@ -35,21 +35,22 @@ class Watchdog:
     """Watches all ranks. Each rank runs two threads: one exchanges heartbeats, one checks that the store answers.
 
     Every rank writes the phase of its main thread to the store as a `Heartbeat`. Rank 0 reads all heartbeats and runs
-    the `FailureDetector`; the other ranks read the result. There are four kinds of failures:
+    the `FailureDetector`; the other ranks read the result. These failures end a run:
 
     * a rank failed: the rank reported its error in the store before it ended;
     * a rank does not answer: the rank sent no heartbeat for `heartbeat_timeout_seconds`, or for five seconds after a
       collective failed;
     * a rank stalled: for `timeout_seconds` its main thread neither made progress nor waited, while other ranks waited;
+    * a collective failed although all ranks answer, usually because it timed out;
     * the store does not answer: rank 0, its host or the network link to it is down.
 
-    After a failure, every rank prints one line with the failed rank, its coordinates and its host, and exits with
-    status 1. The heartbeat thread also forwards stop signals: if one rank receives a signal, all ranks know it about
-    two seconds later.
+    After a failure, every rank prints one line with the failure and exits with status 1. The line names the failed
+    ranks, if known, with their coordinates and hosts. The heartbeat thread also forwards stop signals: if one rank
+    receives a signal, all ranks know it about two seconds later.
 
-    Network traffic: each rank reads four short values from the store every second, all in one request. Each rank
-    also writes about 80 bytes every `heartbeat_timeout_seconds` / 6 seconds. With 512 ranks and 60 s, these are 565
-    requests and less than 200 kB per second. A store answers 24,000 requests per second on one core.
+    Network traffic: each rank reads four short values from the store every second, all in one request. Each rank also
+    writes about 80 bytes every `heartbeat_timeout_seconds` / 6 seconds. With 512 ranks and 60 s, these are 565 requests
+    and less than 200 kB per second. A store answers 24,000 requests per second on one core.
     """
 
     def __init__(

@@ -88,7 +88,10 @@ def _encode(image: Image.Image) -> bytes:
 
 
 def _process(candidate: Candidate) -> Sample | None:
-    """Processes a candidate's image; returns None if the image is too large, too small or nearly empty."""
+    """Processes a candidate's image; returns None if the image is unsuitable.
+
+    An image is unsuitable if it is too large, too small, nearly empty, black line art or of one flat colour.
+    """
     file = io.BytesIO(candidate.image) if isinstance(candidate.image, bytes) else candidate.image
     try:
         with (

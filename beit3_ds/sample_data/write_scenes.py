@@ -96,7 +96,9 @@ def _save(path: Path, scene: Scene, rng: random.Random, size: int) -> None:
 
 
 def _karpathy_entry(number: int, split: str, place: int, scene: Scene) -> dict[str, Any]:
-    """Returns the JSON object of an image in the format of Karpathy's splits; the ids have gaps, like COCO's."""
+    """Returns the JSON object of an image in the format of Karpathy's splits. The values of `cocoid` have gaps, like
+    COCO's ids.
+    """
     captions = scene.captions()
     sentences = [
         {"raw": caption, "tokens": caption.replace(",", "").split(), "imgid": number, "sentid": 5 * number + i}

@@ -13,7 +13,7 @@ def build_task(config: RunConfig) -> Task:
     """Imports and builds the task named by `task.name`.
 
     Raises:
-        ConfigError: if no module with this name defines a task, or if the task's settings are invalid.
+        ConfigError: if no module with this name defines a task, or if the task does not accept the configuration.
     """
     name = config.task.name
     module = name if "." in name else f"beit3_ds.tasks.{name}"

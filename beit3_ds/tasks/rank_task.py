@@ -122,6 +122,7 @@ class RankTask:
         pack: Pack,
         views: str = "model",
         validation_loss: bool = True,
+        pairs_per_sample: int = 1,
         **fields: Any,
     ) -> Self:
         """Opens the samples of the splits in `share`; opens none on a rank that does not read samples.
@@ -139,6 +140,7 @@ class RankTask:
             validation_loss: how splits other than "train" are opened. True opens at most `TrainingConfig.loss_samples`
                 samples per kind, which stay in memory, for the mean of each loss term. False opens all samples of a
                 split, for `evaluate`.
+            pairs_per_sample: `Task.pairs_per_sample`, for the memory limit of prefetching.
             fields: values of further fields of the class.
 
         Raises:
@@ -158,7 +160,8 @@ class RankTask:
             sources |= name_sources(split, streams, config.data)
             samples[split] = [source for stream in streams.values() for source in stream.sources]
             if split == "train":
-                dataset = StepDataset(config, streams, pack, rank, size, plan_prefetch(config, size, views))
+                prefetch = plan_prefetch(config, size, views, pairs_per_sample=pairs_per_sample)
+                dataset = StepDataset(config, streams, pack, rank, size, prefetch)
             elif validation_loss:
                 validation = build_validation_batches(config, streams, pack, rank, size)
             else:

@@ -39,7 +39,7 @@ class SampleResults:
     def gather(self, mesh: Mesh) -> "GatheredResults | None":
         """Returns the rows of all ranks on the main rank, and None on other ranks. All ranks must call this method.
 
-        Exactly one rank must have added each sample; in a tensor-parallel group, only one rank adds rows. Every rank
+        Each sample must come from exactly one rank; in a tensor-parallel group, only one rank adds rows. Every rank
         sends its rows once to the main rank, over gloo.
         """
         parts = mesh.host.collect([torch.cat(self._numbers) if self._numbers else None, self._packed()])

@@ -36,7 +36,9 @@ class BestCheckpoint:
         self._evaluations_since: int = state.get("evaluations_since", 0)
 
     def add(self, step: int, record: Mapping[str, Any]) -> bool:
-        """Compares an evaluation with the best one so far, and returns whether it is better.
+        """Compares an evaluation with the best one so far; records it if it is better, and returns whether it is.
+
+        The first evaluation counts as better, unless its value is NaN. Returns False if `metric` is None.
 
         Args:
             step: number of steps done.

@@ -33,11 +33,14 @@ def describe_dry_run(
 ) -> str:
     """Checks a configuration for `world_size` ranks, and returns a description of the run.
 
-    The model is built on the meta device. The description ends with three modelled tables:
+    The model is built on the meta device. The description ends with modelled tables:
 
     * memory and traffic of each pipeline stage (`planner.describe_stages`)
-    * cost of float32 in a bf16 run (`planner.describe_precision`)
+    * cost of float32, only in a bf16 run (`planner.describe_precision`)
     * what a node needs besides GPUs (`planner.describe_host`)
+
+    For a task without BEiT-3, the memory of a rank's training state (`planner.model_state`) replaces the first two
+    tables.
 
     Args:
         config: the run's configuration.
@@ -47,8 +50,8 @@ def describe_dry_run(
         step_seconds: assumed time per step in seconds, from which rates are computed.
 
     Raises:
-        ConfigError: if the layout is invalid (`check_layout`), a package is not installed, the output folder cannot be
-            written, or a node has too little memory.
+        ConfigError: if the layout is invalid (`check_layout`), `training.best_metric` or `training.frozen` does not fit
+            the task, a package is not installed, the output folder cannot be written, or a node has too little memory.
     """
     data_parallel_size = check_layout(config, world_size)
     check_software(config)

@@ -26,7 +26,7 @@ from beit3_ds.training.optimizer import allocate_moments, build_optimizer, freez
 def build_model(task: Task, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
     """Builds this rank's part of the model with initial values, in float32 and in host memory.
 
-    Under ZeRO, the engine then partitions this part over the data-parallel ranks.
+    Under ZeRO-3, the engine then partitions this part over the data-parallel ranks.
 
     Args:
         task: the run's task.
@@ -56,7 +56,7 @@ def build_schedule(task: Task, mesh: Mesh, *, trains: bool = True) -> Schedule:
 
 
 def build_engine(config: RunConfig, model: nn.Module, mesh: Mesh, *, trains: bool = True) -> deepspeed.DeepSpeedEngine:
-    """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and partitions the parameters.
+    """Wraps a model and AdamW in DeepSpeed's engine, which broadcasts and (under ZeRO-3) partitions the parameters.
 
     Also sets `training.kernel_backend` for the whole process. Without ZeRO, this function allocates the moments of
     PyTorch's AdamW. With ZeRO or Apex, the first update allocates the moments.

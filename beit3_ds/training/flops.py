@@ -9,7 +9,9 @@ _PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the peak FLOP/s of a device: NVIDIA's bfloat16 value for known GPUs, otherwise a measured rate."""
+    """Returns the peak FLOP/s of a device: NVIDIA's value for bfloat16 on known GPUs, a measured rate in all other
+    cases.
+    """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for word, peak in _PEAK_BF16.items():

@@ -56,7 +56,7 @@ def resume(
 ) -> Resumption:
     """Loads the newest valid checkpoint, if any, and deletes the metrics of later steps.
 
-    All ranks must call this function.
+    Without a checkpoint, renames the metrics file of an earlier run. All ranks must call this function.
 
     Raises:
         ConfigError: if the checkpoint has another model, other tokenizers, or more than `total_steps` steps.
@@ -353,7 +353,9 @@ def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, 
 
 
 def _evaluate_and_record(run: Run, done: int) -> bool:
-    """Evaluates loss terms and task metrics, and records them. Writes result files after the last step only.
+    """Evaluates loss terms and task metrics, and records them.
+
+    Writes result files after the last step, and in evaluations after which the run may stop early.
 
     Returns:
         Whether the evaluation is the best so far (`training.best_metric`); False for the initial weights.

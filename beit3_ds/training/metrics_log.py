@@ -94,7 +94,7 @@ class MetricsLog:
 def _parse(line: str) -> dict[str, Any] | None:
     """Parses one line of the file, and returns None if the line is not a valid record."""
     try:
-        record: dict[str, Any] = check_object(parse_untrusted_json(line, has_constants=True))
+        record: dict[str, Any] = check_object(parse_untrusted_json(line, accepts_constants=True))
         check_count(record["step"])
     except (ValueError, KeyError):
         return None

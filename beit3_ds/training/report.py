@@ -35,7 +35,7 @@ def report(run: Run, signals: StopSignals) -> None:
 def write_report(run: Run) -> None:
     """Writes the task's results, losses.png, the task's pages and summary.json, and prints the summary.
 
-    If the plot, a page or the summary cannot be written, prints a warning instead of an error. All ranks must call this
+    If the plot, a page or the summary cannot be written, prints a warning and raises no error. All ranks must call this
     function, because all ranks together compute the task's results.
 
     Raises:

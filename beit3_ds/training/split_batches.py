@@ -26,7 +26,7 @@ class SplitBatches:
         Args:
             own: batches that this rank reads; None on ranks that receive their batches.
             mesh: mesh of all ranks.
-            limits: maximum waiting times for a batch.
+            limits: limits of the wait for a batch: a maximum time and a stop signal.
         """
         self._own, self._mesh, self._limits = own, mesh, limits
 

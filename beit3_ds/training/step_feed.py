@@ -30,11 +30,6 @@ class StepFeed:
         self.error: ConfigError | StorageError | None = None
 
     @property
-    def has_step(self) -> bool:
-        """Returns whether a step has been fetched; False after an error or a stop signal."""
-        return self._fetched is not None
-
-    @property
     def upcoming(self) -> tuple[PackedBatch, ...]:
         """Returns the micro-batches of the fetched step; empty after an error or a stop signal."""
         return () if self._fetched is None else self._fetched[0].micro_batches

@@ -35,17 +35,17 @@ class TimedSteps:
 class Stragglers:
     """Compares the times that ranks spend before they wait for each other.
 
-    The duration of a whole step shows no straggler, because all ranks wait for the slowest. Two other times are
-    compared among the ranks of each pipeline stage, which do the same work:
+    The duration of a whole step shows no straggler, because all ranks wait for the slowest. Ranks of the same pipeline
+    stage do the same work, so two other times are compared among them:
 
     * "data": the time that a reading rank waits for its data workers and disks.
     * "work": the time to move batches to the device and to encode images as visual tokens. Under ZeRO-0 to 2 without
       tensor parallelism, this time includes the forward passes of the model.
 
     The comparison finds devices and hosts that are always slow, and ranks with more work. It does not find slow
-    backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks and
-    are not included. On stages without the head, which encode no images as visual tokens, "work" is then only the time
-    to move batches.
+    backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks, so
+    "work" does not include them. On a stage without the head, which encodes no images, "work" is then only the time to
+    move batches.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:
@@ -60,7 +60,7 @@ class Stragglers:
 
     def report(self, steps: int, step_seconds: float) -> tuple[dict[str, Any], list[str]]:
         """Compares the ranks' "data" times, and their "work" times, since the last report. All ranks must call this
-        method. Each rank sends 2 numbers.
+        method. The ranks sum a host tensor with 2 numbers per rank.
 
         A rank is a straggler if one of its times exceeds the median of its stage by more than 50 % and by more than 5 %
         of the step time.

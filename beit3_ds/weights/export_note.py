@@ -25,7 +25,7 @@ class ExportNote(NamedTuple):
     model: ModelConfig
     """Configuration of the exported model, including vision-language experts that the file may lack."""
     step: int
-    """Number of optimizer updates of the weights; 0 if unknown."""
+    """Number of training steps before the weights were saved; 0 if unknown."""
     has_extras: bool
     """Whether the file contains tensors that this project does not use, such as unused rows of position tables."""
     task: dict[str, Any] | None = None

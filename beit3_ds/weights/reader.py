@@ -30,7 +30,7 @@ class WeightReader(Protocol):
 
     @property
     def step(self) -> int:
-        """Returns the number of optimizer updates before the weights were saved; 0 if unknown."""
+        """Returns the number of training steps before the weights were saved; 0 if unknown."""
         ...
 
     @property
@@ -68,7 +68,7 @@ class Backbone:
 
     Attributes:
         model: configuration of the model.
-        step: number of optimizer updates before the weights were saved.
+        step: number of training steps before the weights were saved.
         task: None, because there is no head.
     """
 
@@ -92,7 +92,7 @@ class WithoutTensors:
 
     Attributes:
         model: configuration of the model.
-        step: number of optimizer updates before the weights were saved.
+        step: number of training steps before the weights were saved.
         task: name and settings of the head's task.
     """
 

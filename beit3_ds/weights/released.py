@@ -33,8 +33,8 @@ from beit3_ds.weights.unilm_names import (
     TOKENS,
     UNUSED_POSITIONS,
     read_architecture,
+    reference_branches,
     reference_keys,
-    reference_letters,
 )
 
 
@@ -48,7 +48,7 @@ class ReleasedFile:
     Attributes:
         path: path of the file.
         model: configuration from the note, or derived from the tensors' shapes, with the requested image size.
-        step: number of optimizer updates before the weights were saved; 0 if unknown.
+        step: number of training steps before the weights were saved; 0 if unknown.
         task: name and settings of the head's task (`recognise_task`).
         description: format of the file in words, such as "weights exported as unilm-dual".
     """
@@ -139,7 +139,7 @@ def exported_model(note: ExportNote) -> ModelConfig:
     The model has no vision-language experts. It accepts an input only if the file has the input's experts in every
     block.
     """
-    letters = reference_letters(note.model, fusion=note.format == "unilm-fusion")
+    letters = reference_branches(note.model, fusion=note.format == "unilm-fusion")
     needs = {"images": {"A"}, "texts": {"B"}, "pairs": {"A", "B"}}
     inputs = tuple(kind for kind in note.model.inputs if needs[kind] <= letters.keys())
     return dataclasses.replace(note.model, num_vision_language_layers=0, inputs=inputs)

@@ -10,7 +10,7 @@ from beit3_ds.config import MODEL_SIZES, ConfigError, ModelConfig
 from beit3_ds.weights.planned_tensor import PlannedTensor, plan_copy, read_blocks
 from beit3_ds.weights.reader import WeightReader
 from beit3_ds.weights.timm_names import timm_names
-from beit3_ds.weights.unilm_names import reference_letters
+from beit3_ds.weights.unilm_names import reference_branches
 
 _NAMED = {
     "beit3_base_patch16_224": MODEL_SIZES["base"],
@@ -37,7 +37,7 @@ def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
         ConfigError: if the model has no vision tower or no final norm, or its norms have another epsilon than timm's.
     """
     config = reader.model
-    if "A" not in reference_letters(config):
+    if "A" not in reference_branches(config):
         raise ConfigError(
             f"timm: a model for {' and '.join(config.inputs)} alone has no vision expert in some of its blocks, so it "
             "has no vision tower. Export a model that takes images."

@@ -22,7 +22,7 @@ class TimmFile:
     Attributes:
         path: path of the file.
         model: configuration of the exported model, with the requested image size.
-        step: number of optimizer updates before the weights were saved.
+        step: number of training steps before the weights were saved.
         task: None, because the file has no head.
         description: format of the file in words.
         held: this project's names of the tensors in the file; excludes tensors with initial values.

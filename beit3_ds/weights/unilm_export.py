@@ -15,8 +15,8 @@ from beit3_ds.weights.unilm_names import (
     TEXT_POSITION_ROWS,
     TOKENS,
     UNUSED_POSITIONS,
+    reference_branches,
     reference_keys,
-    reference_letters,
 )
 
 
@@ -45,7 +45,7 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
             "unilm-fusion: the model has no vision-language expert, so unilm-dual is exact for images, texts and "
             "pairs. Use --format unilm-dual."
         )
-    if not reference_letters(reader.model, fusion=fusion):
+    if not reference_branches(reader.model, fusion=fusion):
         raise ConfigError(
             "unilm-dual: the model takes pairs alone, so its top blocks have neither a vision nor a language expert. "
             "Use --format unilm-fusion."

@@ -64,8 +64,7 @@ def head_keys(held: Collection[str]) -> dict[str, str]:
     The MIM and MLM heads are not included.
 
     Args:
-        held: names of all tensors in the weights, either unilm's names or this project's names. The result is the same
-            for unilm's names and for this project's names.
+        held: names of all tensors in the weights. Unilm's names and this project's names give the same result.
     """
     names = set(held)
     return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})

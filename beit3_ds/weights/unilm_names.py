@@ -57,7 +57,7 @@ _LAYER = re.compile(r"beit3\.encoder\.layers\.(\d+)\.")
 _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does not hold it
 
 
-def reference_letters(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
+def reference_branches(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
     """Returns unilm's branches with their modalities, "A": "vision" and "B": "language".
 
     A branch is omitted if some block of the model does not have it.
@@ -91,7 +91,7 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
             expert.
     """
     kinds, attention = ("weight", "bias"), config.attention_experts
-    letters = reference_letters(config, fusion=fusion)
+    letters = reference_branches(config, fusion=fusion)
     keys = {key: name for letter in letters for key, name in _EMBEDDINGS[letter].items()}
     for letter, expert in letters.items():
         shared = attention[0] if attention == ("shared",) else expert

@@ -49,7 +49,11 @@ class Bucket(NamedTuple):
 
 
 class AttentionPlan(NamedTuple):
-    """Holds the buckets of one micro-batch. A plan depends only on the row ranges of the sequences."""
+    """Holds the buckets of one micro-batch.
+
+    A plan depends on the row ranges of the sequences and on whether captions are causal, but not on the values in the
+    rows.
+    """
 
     buckets: tuple[Bucket, ...]
     """The buckets. Each sequence of the micro-batch is in exactly one bucket, except sequences of length 0, which are
@@ -168,7 +172,7 @@ def build_plan(
         consecutive = bool(real.all()) and bool((flat == flat[0] + torch.arange(len(flat))).all())
         seen = real[:, None, None, :]
         if causal_captions and any(len(ranges[index]) == 2 for index in group):
-            visible = [visible_rows(longest, image_rows(ranges[index]), real.device) for index in group]
+            visible = [captioning_mask(longest, image_rows(ranges[index]), real.device) for index in group]
             seen = seen & torch.stack(visible)[:, None]
         mask = None if bool(seen.all()) else copy_to_device(seen, device)
         kept = None if bool(real.all()) else copy_to_device(real.flatten().nonzero().squeeze(1), device)
@@ -193,7 +197,7 @@ def image_rows(sequence: tuple[tuple[int, int], ...]) -> int:
     return _length(sequence[:1])
 
 
-def visible_rows(length: int, image_length: int, device: torch.device) -> Tensor:
+def captioning_mask(length: int, image_length: int, device: torch.device) -> Tensor:
     """Returns the captioning mask of one sequence, (length, length) bool. An entry is True if a query sees a key.
 
     Rows of the mask are queries, and columns are keys. Every query sees the first `image_length` keys. A query behind

@@ -35,8 +35,9 @@ def is_built() -> bool:
 def runs_grouped_gemm(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
     """Returns whether `grouped_gemm` can run on these rows and weights.
 
-    The tensors must be in half precision and on a GPU, and all widths must be divisible by 8. Returns False with a
-    warning if the kernel is not built, or if it fails the check at its first use (`self_check`).
+    The tensors must be in half precision and on a GPU, all widths must be divisible by 8, and there must be at most
+    `MAX_EXPERTS` weights. Returns False with a warning if the kernel is not built, or if it fails the check at its
+    first use (`self_check`).
     """
     widths = weights[0].shape
     fits = x_TD.dtype in _HALF_PRECISIONS and len(weights) <= MAX_EXPERTS and all(n % 8 == 0 for n in widths)

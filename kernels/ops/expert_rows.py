@@ -27,7 +27,9 @@ def row_lengths(stops: Sequence[int]) -> list[int]:
 
 
 def fits_kernels(x_TD: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether the row-streaming GPU kernels support these rows: no float64, and at most WIDEST columns.
+    """Returns whether the row-streaming GPU kernels support these rows.
+
+    The rows must be on a GPU and have at most WIDEST columns. Neither the rows nor the parameters may be float64.
 
     Args:
         x_TD: rows of the residual stream, in float32 or `dtype`.

@@ -33,9 +33,9 @@ def linear_cross_entropy_reference(h_MD: Tensor, w_VD: Tensor, b_V: Tensor, targ
 class Partials(NamedTuple):
     """Holds what one shard of the vocabulary contributes to the cross entropy of each row.
 
-    All tensors are (M,) float32 for M rows. To combine shards, compute the maximum of `largest` over the shards.
-    Multiply each shard's `total` by exp(largest - maximum), and add the products. Add the target logits and the logit
-    sums. Then the loss is log(total) + maximum - target_logit.
+    All tensors are (M,) for M rows, in float32, or in float64 if the rows are float64. To combine shards, compute the
+    maximum of `largest` over the shards. Multiply each shard's `total` by exp(largest - maximum), and add the products.
+    Add the target logits and the logit sums. Then the loss is log(total) + maximum - target_logit.
     """
 
     largest: Tensor
@@ -77,7 +77,7 @@ def linear_cross_entropy(
         smoothing: smoothed labels (`label_smoothing`); None for the cross entropy.
 
     Returns:
-        Loss of each row, (M,) float32.
+        Loss of each row, (M,) float32, or float64 if h is float64.
     """
     target_M = target_M.contiguous()
     return _LinearCrossEntropy.apply(h_MD, w_VD, b_V, target_M, chunk_size, reduce, KERNELS.accept(h_MD), smoothing)
@@ -194,10 +194,10 @@ def backward_plain(
 
     Args:
         h_MD: see `forward_plain`, also for w_VD, b_V, target_M and tiles.
-        lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32.
+        lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32, or float64 if h is float64.
         kept_KMS: buffers that `forward_plain` returned; not changed.
         largest_BM: largest logits that `forward_plain` returned; not changed.
-        d_loss_M: gradient of each row's loss, float32.
+        d_loss_M: gradient of each row's loss, in the dtype of lse_M.
 
     Returns:
         dh_MD, dw_VD and db_V. dh_MD is this shard's part of a sum over shards.
@@ -303,17 +303,18 @@ def _no_partials(h_MD: Tensor) -> Tensor:
     return partials_3M
 
 
-def _partials_cpu(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
+def _partials_library(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
     """Computes the results of `partials_kernel` in plain PyTorch, for checks of the kernel."""
     _update_partials(logits_MN.to(partials_3M.dtype) + bias_N, target_M, first, partials_3M)
 
 
-def _gradient_cpu(
+def _gradient_library(
     logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, lse_M: Tensor, d_loss_M: Tensor
 ) -> Tensor:
-    """Computes the results of `gradient_kernel` in plain PyTorch, for checks of the kernel.
+    """Computes the results of `gradient_kernel` in plain PyTorch.
 
-    Overwrites the logits with gradients, and returns the sum of the gradients over rows.
+    Overwrites the logits with gradients, and returns the sum of the gradients over rows. This function is the
+    operator's `library` implementation on a GPU, and the reference for tests of the kernel.
     """
     d_MN = (logits_MN.to(lse_M.dtype) + bias_N).sub_(lse_M.unsqueeze(1)).exp_()
     index_M1, inside_M = _find(target_M, first, d_MN)
@@ -338,15 +339,15 @@ def _gradient_triton(
 
 _PARTIALS = MeasuredOp(
     "logits_partials",
-    {"triton": _partials_triton, "library": _partials_cpu},
-    on_cpu=_partials_cpu,
+    {"triton": _partials_triton, "library": _partials_library},
+    on_cpu=_partials_library,
     mutates=(4,),
     ignores=(3,),
 )
 _GRADIENT = MeasuredOp(
     "logits_gradient",
-    {"triton": _gradient_triton, "library": _gradient_cpu},
-    on_cpu=_gradient_cpu,
+    {"triton": _gradient_triton, "library": _gradient_library},
+    on_cpu=_gradient_library,
     mutates=(0,),
     ignores=(3,),
 )

@@ -68,7 +68,7 @@ class Choices:
 
         Args:
             device: device of the operator's tensors.
-            case: text that identifies the operator, and the dtypes, sizes and flags of the arguments.
+            case: text with the operator's name and the dtypes, sizes and flags of the arguments.
             calls: functions that run an implementation once, by the implementation's name. The functions take no
                 arguments.
         """

@@ -307,8 +307,3 @@ def _native(parameters: Sequence[Tensor], x_TD: Tensor) -> Sequence[Tensor]:
     is_half_on_cpu = x_TD.dtype in (torch.float16, torch.bfloat16) and not x_TD.is_cuda
     dtype = torch.float32 if is_half_on_cpu else x_TD.dtype
     return [parameter_D.to(dtype) for parameter_D in parameters]
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    """Returns the dtype for sums: float32 if `x` is in half precision, otherwise the dtype of `x`."""
-    return torch.promote_types(x.dtype, torch.float32)

@@ -1,8 +1,7 @@
 """Applies the linear layers of several experts, each to its own rows of one packed tensor.
 
-On a CPU, each expert's product is written into the expert's rows of one output tensor. On a GPU, one launch of a kernel
-from `triton/multiway_ffn.py` computes all experts. If one cuBLAS product per expert is faster on a GPU, cuBLAS is used
-instead (`measured_op`).
+On a CPU, each expert's product is written into the expert's rows of one output tensor. On a GPU, either one kernel
+launch computes all experts, or cuBLAS computes one product per expert. The faster of these is used (`measured_op`).
 """
 
 # T packed rows, D input width, F output width; an expert owns rows [start, stop).

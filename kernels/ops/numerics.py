@@ -8,7 +8,7 @@ from torch import Tensor
 from beit3_ds.kernels.triton.architecture import EMULATED
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""Function that takes tensors of one floating dtype, and returns output tensors and, optionally, gradients."""
+"""Function that takes floating-point tensors, and returns output tensors and, optionally, gradients."""
 
 
 class WrongResultError(ArithmeticError):

@@ -19,10 +19,10 @@ from beit3_ds.kernels.ops.attention_plan import (
     PADDING_ALLOWANCE,
     Ranges,
     TilePlan,
+    captioning_mask,
     image_rows,
     plan_attention,
     plan_tiles,
-    visible_rows,
 )
 from beit3_ds.kernels.ops.bucket_attention import attend
 from beit3_ds.kernels.ops.differentiation import once_differentiable
@@ -50,7 +50,9 @@ def packed_attention_reference(
         q_HSK, k_HSK, v_HSK = (x[rows].transpose(0, 1) for x in (q_THK, k_THK, v_THK))
         scores_HSS = q_HSK @ k_HSK.transpose(1, 2) * q_HSK.shape[-1] ** -0.5
         if causal_captions:
-            scores_HSS = scores_HSS.masked_fill(~visible_rows(len(rows), image_rows(sequence), rows.device), -torch.inf)
+            scores_HSS = scores_HSS.masked_fill(
+                ~captioning_mask(len(rows), image_rows(sequence), rows.device), -torch.inf
+            )
         y_THK = y_THK.index_copy(0, rows, (scores_HSS.softmax(-1) @ v_HSK).transpose(0, 1))
     return y_THK
 
@@ -156,7 +158,8 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_size: int, cuda
 
 
 KERNELS = TrustedKernels("packed_attention", check_kernels)
-"""Decides whether `packed_attention` may use its Triton kernels. A check at the first use on a device must pass."""
+"""Decides whether `packed_attention` may use its Triton and CUDA C++ kernels. A check at the first use on a device must
+pass."""
 
 
 def check_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> None:
@@ -342,7 +345,7 @@ def _sequences(sequences_Q4: Tensor, causal_captions: bool) -> list[tuple[Tensor
     result = []
     for start_1, length_1, start_2, length_2 in sequences_Q4.tolist():
         rows = torch.cat([torch.arange(start_1, start_1 + length_1), torch.arange(start_2, start_2 + length_2)])
-        result.append((rows, visible_rows(len(rows), length_1 if causal_captions else len(rows), rows.device)))
+        result.append((rows, captioning_mask(len(rows), length_1 if causal_captions else len(rows), rows.device)))
     return result
 
 

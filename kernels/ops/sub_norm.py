@@ -220,7 +220,7 @@ SUB_NORM_GRADIENT = MeasuredOp(
     accepts={"triton": _takes_triton},
 )
 """Operator for the input gradient, with the arguments of `_sub_norm_gradient`. Uses the fastest implementation on a
-GPU."""
+GPU. The result may overwrite `dn_TF`."""
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -45,7 +45,7 @@ def varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges
     """Computes bidirectional attention within each sequence; has the same result as `packed_attention`.
 
     Args:
-        q_THK: queries on a GPU in half precision; k_THK and v_THK have the same shape and dtype. The head size K is a
+        q_THK: queries on a GPU in half precision; k_THK and v_THK have the same shape and dtype. The head width K is a
             multiple of 8, and at most 128.
         ranges: row ranges of each sequence. Each row is in exactly one range.
     """

@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     With the option --write, stores the properties as new budgets instead.
 
     Returns:
-        Exit status: 1 if a variant exceeds its budget, else 0.
+        Exit status: 1 if the comparison finds a problem (`find_excess`), else 0.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="store the results as new budgets")

@@ -18,7 +18,9 @@ import triton.language as tl
 
 @triton.jit
 def _first_programs(rows, stop_0, stop_1, stop_2):
-    """Returns the index of expert 1's first Triton program, of expert 2's first program, and the number of programs."""
+    """Returns three numbers: the index of expert 1's first program, the index of expert 2's first program, and the
+    number of programs.
+    """
     first_1 = tl.cdiv(stop_0, rows)
     first_2 = first_1 + tl.cdiv(stop_1 - stop_0, rows)
     return first_1, first_2, first_2 + tl.cdiv(stop_2 - stop_1, rows)

@@ -73,7 +73,7 @@ class FakeGPU:
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable[..., Any]:
-        """Returns a function that calls a kernel once, and returns 1 ms as the kernel's time."""
+        """Returns a benchmark function, which calls a kernel once and returns 1 ms as the kernel's time."""
 
         def benchmark(call: Callable[[], Any], *, quantiles: Any = None, **options: Any) -> Any:
             call()

@@ -23,14 +23,16 @@ _LIBRARY = "libcuda.so.1"
 
 
 def store_launcher(source: Any, metadata: Any) -> bool:
-    """Builds the C launcher of a kernel and stores it in Triton's cache, on a machine without a GPU driver.
+    """Builds a kernel's C launcher and the module with utilities, and stores both in Triton's cache.
+
+    This works on a machine without a GPU driver.
 
     Args:
         source: kernel with its signature and constants, as Triton passes it to a driver's `launcher_cls`.
         metadata: properties of the compiled kernel.
 
     Returns:
-        Whether a launcher was built. False if the cache already has the launcher, or if this Triton version needs none.
+        Whether anything was built. False if the cache already has both modules, or if this Triton version needs none.
     """
     if not hasattr(driver, "make_launcher"):
         return False

@@ -80,9 +80,10 @@ def gradient(
 ) -> Tensor:
     """Overwrites the logits of one vocabulary tile with the gradients of the logits.
 
+    The arguments that are not described here are those of `partials`.
+
     Args:
-        logits_MN: logits without bias; overwritten with gradients. See `partials`.
-        bias_N: see `partials`, also for target_M, first and tiling.
+        logits_MN: logits without bias; overwritten with gradients.
         lse_M: log(sum exp(logits)) of each row over the whole vocabulary, float32, contiguous.
         d_loss_M: gradient of each row's loss, float32, contiguous.
 

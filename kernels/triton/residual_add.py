@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the forward and backward Triton kernels for adding attention or FFN to the residual stream."""
+"""Defines the Triton kernels, forward and backward, for adding the output of attention or the FFN to the residual
+stream.
+"""
 
 # T packed rows, D width, P programs; expert_rows.py says which rows a program works on.
 
@@ -59,8 +61,8 @@ def backward_kernel(
     STAGES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Computes d_partial = factor * dy, the gradient of the branch's output, and adds up its rows for the bias
-    gradient.
+    """Computes d_partial = factor * dy, the gradient of the branch's output, and sums the rows of d_partial for the
+    bias gradient.
 
     Each Triton program computes consecutive rows of one expert, and writes the sum of these rows. The sums of P
     programs are (P, D) float32. Without FACTOR, d_partial is dy, so the kernel computes only the sums.

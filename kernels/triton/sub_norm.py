@@ -84,7 +84,7 @@ def normalize_kernel(
 ):
     """Computes one block of n = LN(a). Without NORM, n is a. With GELU, a is gelu(x); otherwise, a is x.
 
-    The weight gradient needs n, which the forward pass did not save.
+    The forward pass does not save n. The backward pass computes n again for the weight gradient.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]

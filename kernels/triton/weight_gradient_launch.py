@@ -1,7 +1,7 @@
 """Launches the kernel of weight gradients, and lists the variants that are compiled ahead of time.
 
 If a layer is small, each expert's rows are divided into ranges, called shares. Triton programs compute one weight
-gradient per share, and `sum_partials` adds the gradients.
+gradient per share, and `expert_rows.sum_kernel` adds the gradients.
 """
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
@@ -28,8 +28,8 @@ NUM_LAYERS = 3
 """Number of layers that the kernel takes as arguments."""
 
 SUM_BLOCK = SumBlock(512, 4)
-"""Block size for adding the weight gradients of several ranges of rows. There are few ranges, and each gradient has
-many columns: one per element of the weight."""
+"""Block size for adding the weight gradients of an expert's shares. There are few shares, and each gradient has many
+columns: one per element of the weight."""
 
 _MOST_SHARES = 16
 _ROUNDING = 64
@@ -62,7 +62,7 @@ def weight_gradient(
     """
     dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
     out_width, dtype, architecture = dy_TO.shape[1], dy_TO.dtype, architecture_of(dy_TO.device)
-    is_split, programs = _deal_shares(slices, out_width, in_width, num_layers, architecture, dtype)
+    is_split, programs = _divide_into_shares(slices, out_width, in_width, num_layers, architecture, dtype)
     shares, area, numel = programs.num_programs, out_width * in_width, out_width * (in_width + with_bias)
 
     def grid(tiles: products.MatmulTiles) -> tuple[int, int, int]:
@@ -89,7 +89,7 @@ def weight_gradient(
     return run
 
 
-def _deal_shares(
+def _divide_into_shares(
     slices: Slices,
     out_width: int,
     in_width: int,

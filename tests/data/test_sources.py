@@ -9,7 +9,7 @@ from PIL import Image
 from beit3_ds.config import ConfigError, SourceConfig
 from beit3_ds.data.images.folder import ImageFolder
 from beit3_ds.data.images.shards import TarShards
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_sample_twice, open_images
 from tests.data.conftest import WriteTar
 
 
@@ -23,7 +23,7 @@ def test_samples_are_numbered_consecutively() -> None:
 def test_a_file_of_two_sources_is_refused(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.png": png})
     with pytest.raises(ConfigError, match=r"a\.tar is listed twice"):
-        check_no_file_twice([SourceConfig(path=path), SourceConfig(path=str(tmp_path / "*.tar"))])
+        check_no_sample_twice([SourceConfig(path=path), SourceConfig(path=str(tmp_path / "*.tar"))])
 
 
 def test_images_open_by_their_format(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:

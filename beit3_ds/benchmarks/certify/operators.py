@@ -1,4 +1,7 @@
-"""Times each op at the shapes of the base and giant models, with this project's and other implementations."""
+"""Times each op with this project's and other implementations.
+
+The shapes are those of the base and giant models; on a CPU, those of the tiny model.
+"""
 
 import functools
 import shutil
@@ -58,7 +61,7 @@ def measure(recorder: Recorder) -> None:
 def keep_choices(recorder: Recorder, device: torch.device) -> None:
     """Copies the file that lists this machine's fastest implementations (`choice_file`) to the report's folder.
 
-    Users can add the copy to the package, so that machines with the same GPU need not measure the operators again.
+    Users can add the copy to the package, so that machines with the same GPU need not measure the ops again.
     """
     path = choice_file_of(device).path if device.type == "cuda" else None
     if path is not None and path.exists():
@@ -73,7 +76,11 @@ def using(backend: Backend | None) -> AbstractContextManager[None]:
 
 
 def _candidates(case: Case, device: torch.device) -> Iterator[tuple[str, Implementation, Backend | None]]:
-    """Yields name, implementation and backend of each measurement. This project's op is measured with each backend."""
+    """Yields name, implementation and backend of each measurement.
+
+    On a CPU, this project's op is measured once, without a backend. On other devices, it is measured with each
+    available backend.
+    """
     backends: tuple[Backend, ...] = ("auto", "triton", "library", "cuda")
     for entry in case.implementations:
         if entry.name != _OURS:
@@ -98,7 +105,7 @@ def _measure(clock: Clock, case: Case, entry: Implementation, backend: Backend |
 
     Args:
         clock: clock that times the passes.
-        case: the operation and its sizes.
+        case: the op and its sizes.
         entry: the implementation to time.
         backend: backend of this project's op while `entry` is timed. The op with which the result is compared always
             uses the backend `library`.

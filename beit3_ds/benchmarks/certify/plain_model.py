@@ -113,7 +113,7 @@ class PlainModel(nn.Module):
         )
 
     def forward(self, stream: PaddedStream) -> list[Tensor]:
-        """Returns the mean cross entropy over masked patches, then over masked tokens.
+        """Returns two losses: the mean cross entropy of masked patches, and the mean cross entropy of masked tokens.
 
         A batch without images or without texts gives only one of these losses.
         """

@@ -68,10 +68,11 @@ class Recorder:
             self.add(CACHE_ITEM, **self._compilations.describe(), process=os.getpid())
 
     def measure(self, item: str, compute: Callable[[], dict[str, Any]]) -> None:
-        """Runs a measurement, and records the figures. If an error occurs, records the error.
+        """Runs a measurement, and records the figures or the error.
 
-        After most errors, the section continues with other measurements. An error of the CUDA driver is raised again,
-        because the process cannot use the GPU any more.
+        Items that the results file already has are skipped (`knows`). After most errors, the section continues with
+        other measurements. An error of CUDA is recorded and raised again, because the process cannot use the GPU any
+        more. `NeedsDeviceError` and the error about a missing module of this project are raised, but not recorded.
 
         Args:
             item: name of the measurement, unique within the section.

@@ -31,7 +31,8 @@ def certify(
     machine: Section = MACHINE,
     architecture: int | None = None,
 ) -> int:
-    """Runs the sections whose results in the report's folder are missing or incomplete; updates the report after each.
+    """Runs the sections with missing or incomplete results in the report's folder; updates the report after each
+    section.
 
     First runs the sections that have no recorded status. Then runs sections that did not complete, for example because
     an earlier call cut them off, and sections with failed measurements. Skips measurements that succeeded before.
@@ -45,7 +46,8 @@ def certify(
         architecture: compute capability of a GPU to emulate (`dry_run`): 80, 90 or 100. None measures this machine.
 
     Returns:
-        Exit status: 0 if the sections to run have succeeded, now or in an earlier call, otherwise 1 (`write_report`).
+        Exit status: 0 if the sections to run have succeeded, now or in an earlier call, or lack a package or a GPU;
+            otherwise 1 (`write_report`).
 
     Raises:
         ConfigError: if a name in `only` is unknown, the folder contains other files, or the results are from another

@@ -62,9 +62,9 @@ class Model(NamedTuple):
 
 
 def models(device: torch.device) -> tuple[Model, ...]:
-    """Returns the models to time: base, and 8 of giant's 40 layers. On a CPU, 2 layers of tiny.
+    """Returns the models to time: on a GPU, base and 8 of giant's 40 layers; on a CPU, 2 layers of tiny.
 
-    A dry run builds 2 layers of base and 2 of giant.
+    A dry run builds only 2 layers of base and 2 layers of giant.
     """
     if kind_of(device) == "dry":
         base = Model("base", "base", 2, 1, has_small_vocabularies=True)

@@ -168,7 +168,7 @@ def _check_equal(ours: Path, theirs: Path) -> None:
 
 
 def _summarize(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns ratios of medians by name.
+    """Returns the figures of the summary by name; most are ratios of medians.
 
     A memory ratio is DeepSpeed's memory divided by this project's. A time ratio is this project's time divided by
     DeepSpeed's.

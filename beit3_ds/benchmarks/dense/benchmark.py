@@ -19,10 +19,11 @@ def benchmark_dense(parts: Sequence[str], rounds: int, json_path: str | None = N
         rounds: measured rounds per comparison. In each round, the implementations run in turn.
         json_path: file for the results as JSON. `rows` has the figures of each comparison. `summary` has
             `ratio_coco_eval`, `ratio_window_attention`, `images_per_second_detection`,
-            `images_per_second_segmentation`, threads and versions.
+            `images_per_second_segmentation`, `threads`, `torch` (its version) and `load_average`.
 
     Raises:
-        ConfigError: if the JSON file cannot be written, or a package for a comparison is not installed.
+        ConfigError: if the folder of the JSON file does not exist, or a package for a comparison is not installed.
+        OSError: if the JSON file cannot be written.
     """
     if json_path and not Path(json_path).absolute().parent.is_dir():
         raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")

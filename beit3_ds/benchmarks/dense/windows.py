@@ -1,7 +1,9 @@
-"""Compares this project's window attention on packed rows with blocks that pad feature maps, in CPU time.
+"""Compares the CPU time of two implementations of window attention: this project's packed rows, and padded feature
+maps.
 
-The blocks follow detectron2's ViTDet and SAM. All images are padded to the largest feature map. Every block pads the
-normalised map to a multiple of the window size, divides it into windows, and computes the padded rows like all others.
+The padded blocks follow detectron2's ViTDet and SAM. All images are padded to the largest feature map. Every block pads
+the normalised map to a multiple of the window size, divides it into windows, and computes the padded rows like all
+others.
 """
 
 # B images, H and W rows and columns of the padded maps, D hidden, N windows, L patches of a window.

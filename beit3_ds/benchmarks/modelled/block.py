@@ -1,8 +1,10 @@
-"""Computes modelled GPU times of each op of a block, forward and backward, before the code's optimization and now.
+"""Models the GPU time of each op of a block, forward and backward, before the optimization of the code and with the
+current code.
 
 Before the optimization, each op has one Triton kernel, without alternatives. Queries, keys and values are three
-products. For weight gradients, each Triton program sums over all rows of an expert. Norms are computed inside the
-output projection. Now, each op uses the faster of this project's kernel and cuBLAS.
+products. For weight gradients, each Triton program sums over all rows of an expert. The norms of sub-LN are computed
+inside the output projections. With the current code, each matrix product uses the faster of this project's kernel and
+cuBLAS.
 """
 
 # T packed rows, D hidden, F ffn hidden.

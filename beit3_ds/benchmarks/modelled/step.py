@@ -54,8 +54,7 @@ class StepTime(NamedTuple):
 def step_time(config: RunConfig, world_size: int, rates: Rates, host: HostTimes) -> StepTime:
     """Computes the modelled time of one rank's step, without tensor or pipeline parallelism.
 
-    The model assumes that texts have maximum length, that every block computes all rows, and that communication takes
-    no time.
+    Assumes that texts have maximum length, that every block computes all rows, and that communication takes no time.
     """
     model, data, ratios = config.model, config.data, pretraining_config(config)
     shares = config.step_shares(config.parallel.data_parallel_size(world_size))

@@ -29,9 +29,9 @@ def benchmark_train(
 ) -> str:
     """Measures this project's step, the reference's step and the matrix products in turn, and returns a report.
 
-    The three run in separate processes, one at a time, with the same batch in each round. The third computes only the
-    model's matrix products, which limit the speed. A first round warms up. Ratios are medians over rounds with 95%
-    confidence intervals. On a GPU, the steps run in bfloat16 (the reference under autocast). Peak memory comes from
+    The three run in separate processes, one at a time. In each round, all three use the same batch. The third computes
+    only the model's matrix products, which limit the speed. A first round warms up. Ratios are medians over rounds with
+    95% confidence intervals. On a GPU, the steps run in bfloat16 (the reference under autocast). Peak memory comes from
     torch's allocator on a GPU, and is the VmHWM of the whole process on a CPU.
 
     Args:

@@ -58,10 +58,11 @@ class PaddedStream(NamedTuple):
 
 
 def check_torchscale() -> None:
-    """Checks that torchscale and timm are installed in the right versions.
+    """Checks that torchscale is installed in the right version, and timm in any version.
 
     Raises:
-        ConfigError: if a package is missing or has another version; the message contains a command that installs it.
+        ConfigError: if a package is missing, or torchscale has another version; the message contains a command that
+            installs both.
     """
     for package, wanted in (("torchscale", TORCHSCALE), ("timm", None)):
         try:

@@ -10,7 +10,10 @@ from beit3_ds.cluster.hostfile import is_loopback
 
 
 def find_link_faults(inspection: Inspection) -> Iterator[Fault]:
-    """Yields faults of host names, the master port, connections between nodes, the shared folder and input files."""
+    """Yields faults of host names, the master port, connections between nodes, the shared folder and input files.
+
+    Also yields a fault if two nodes are the same machine.
+    """
     yield from _one_machine(inspection)
     yield from _own_names(inspection)
     yield from _master_port(inspection)
@@ -35,9 +38,10 @@ def _one_machine(inspection: Inspection) -> Iterator[Fault]:
 
 
 def _own_names(inspection: Inspection) -> Iterator[Fault]:
-    """Yields a fault for each node whose own host name resolves to an address that other nodes cannot reach.
+    """Yields a fault for each node whose own host name does not resolve, or resolves to a loopback address.
 
-    Gloo would announce this address to the other nodes.
+    By default, gloo would announce this address to the other nodes. If a node sets GLOO_SOCKET_IFNAME, only the name of
+    this interface is checked.
     """
     if len(inspection.answers) == 1:
         return

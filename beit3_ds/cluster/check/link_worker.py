@@ -66,7 +66,7 @@ class Worker:
             torch.cuda.set_device(0)
         module: dict[str, Any] = {"__name__": "keyed_store"}
         exec(compile(store_text, "keyed_store", "exec"), module)
-        listener = _listen(address, port) if rank == 0 else None
+        listener = _bind(address, port) if rank == 0 else None
         store = dist.TCPStore(
             address,
             port,
@@ -87,7 +87,7 @@ class Worker:
             rounds: rounds of disjoint pairs of ranks (`pair_rounds`). All ranks must pass the same rounds.
 
         Returns:
-            Bits per second from this rank to each other rank. The keys are rank numbers as strings.
+            Bits per second from this rank to every other rank. The keys are rank numbers as strings.
         """
         rates: dict[str, float] = {}
         for pairs in rounds:
@@ -163,8 +163,10 @@ class Worker:
         return time.monotonic()
 
 
-def _listen(address: str, port: int) -> socket.socket:
-    """Returns a socket that listens at one address only. torch's own socket would listen at all addresses."""
+def _bind(address: str, port: int) -> socket.socket:
+    """Returns a socket that is bound to one address only, for torch's store. torch's own socket would listen at all
+    addresses.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))

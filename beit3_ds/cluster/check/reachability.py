@@ -15,7 +15,7 @@ async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
     Each host has 15 seconds to answer.
 
     Returns:
-        ssh's error text for each host on which the command failed, by host name.
+        One line with the reason for each host on which the command failed or exceeded the time limit, by host name.
     """
     limit = asyncio.Semaphore(_AT_A_TIME)
     names = list(hosts)

@@ -26,7 +26,9 @@ def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
 
 
 def describe_faults(hostfile: Hostfile, faults: Sequence[Fault]) -> str:
-    """Formats one line per note, the numbers of hosts, ranks and other faults, and one line per other fault."""
+    """Formats one line per note, then the numbers of hosts, ranks and faults, then one line per fault. Notes do not
+    count as faults.
+    """
     ranks = f"{_count(len(hostfile.hosts), 'host')}, {_count(hostfile.world_size, 'rank')}"
     notes = [f"note: {fault}" for fault in faults if fault.is_note]
     lines = [f"* {fault}" for fault in faults if not fault.is_note]

@@ -33,9 +33,9 @@ _SSH_OPTIONS = (
     *("-o", "ServerAliveInterval=5"),  # so that ssh ends when its host is gone
     *("-o", "ServerAliveCountMax=3"),
 )
-_ON_LINES = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "LD_LIBRARY_PATH")
-"""Environment variables without which a guard may fail to start. DeepSpeed writes the variables into the hosts' command
-lines."""
+_COMMAND_LINE_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "LD_LIBRARY_PATH")
+"""Environment variables without which a guard may fail to start. They are part of the hosts' command lines, so their
+values must contain no special characters."""
 _NAMES = frozenset(
     {
         *("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "TZ", "TMPDIR", "PATH", "VIRTUAL_ENV"),
@@ -105,7 +105,7 @@ def launcher_environment(launcher: Launcher, environment: Mapping[str, str]) -> 
     kept = {
         name: value
         for name, value in environment.items()
-        if name in (*_NAMES, *_ON_LINES)
+        if name in (*_NAMES, *_COMMAND_LINE_VARIABLES)
         or (name.startswith(_OF_PROCESS_MANAGERS) and name not in _SECRETS_OF_PROCESS_MANAGERS)
     }
     # Open MPI's wheel installs its programs beside this python.
@@ -162,7 +162,7 @@ def _check_words(launcher: Launcher, environment: Mapping[str, str]) -> None:
     if launcher == "mpich":
         found = importlib.util.find_spec("deepspeed")
         check_plain_word(os.path.realpath(found.origin or "") if found else "", "the folder of DeepSpeed", move)
-    for name in _ON_LINES:
+    for name in _COMMAND_LINE_VARIABLES:
         if environment.get(name):
             check_plain_word(environment[name], name, "Unset it, or rename the folder.")
     for name in _PDSH_SSH_OPTIONS if launcher == "pdsh" else ():
@@ -178,7 +178,7 @@ def _runner() -> list[str]:
 def _host_command(hostfile: Hostfile, index: int, per_host: Sequence[str]) -> list[str]:
     """Returns the command that runs DeepSpeed's launcher on one host, to start the guards of the host's ranks."""
     slots = {host.name: list(range(host.slots)) for host in hostfile.hosts}
-    variables = [f"{name}={value}" for name in _ON_LINES if (value := os.environ.get(name))]
+    variables = [f"{name}={value}" for name in _COMMAND_LINE_VARIABLES if (value := os.environ.get(name))]
     return [
         *("exec", "env", *variables, sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
         f"--world_info={base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()}",

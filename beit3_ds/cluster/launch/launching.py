@@ -74,11 +74,12 @@ def launch(options: LaunchOptions) -> int:
     """Trains on the machines of a hostfile until the training ends.
 
     Returns:
-        Exit status. 0: the training has finished, or this was a dry run. 128 + n: signal n stopped the training, whose
-        state was saved. 2: a rank failed because of a user's mistake. 1: any other failure.
+        Exit status. 0: the training has finished, or this was a dry run. 128 + n: signal n stopped the training, and
+        all finished steps are saved. 2: a rank failed because of a user's mistake. 1: any other failure.
 
     Raises:
-        ConfigError: before any process starts, if the run cannot work or another launch writes into the log folder.
+        ConfigError: if the run cannot work, a host cannot be reached, another launch writes into the log folder, or the
+            processes cannot be started.
     """
     hostfile = read_hostfile(options.hostfile)
     config = load_run_config(options.config, options.changes)

@@ -31,7 +31,7 @@ class Register:
 
     rank: int
     local_rank: int | None
-    """Index of the rank within its host; None if neither DeepSpeed's launcher nor its backend sets it."""
+    """Index of the rank within its host; None if no environment variable of the guard gives it."""
     host: str
     """Host name that the guard's machine reports."""
     pid: int
@@ -183,13 +183,6 @@ class Channel:
             return None
         self.last_heard = time.monotonic()
         return decode(line)
-
-    async def flush(self) -> None:
-        """Waits at most `KEEPALIVE_INTERVAL` seconds until the send buffer is empty; ignores a lost connection."""
-        try:
-            await asyncio.wait_for(self._writer.drain(), KEEPALIVE_INTERVAL)
-        except (OSError, TimeoutError):
-            return
 
     def close(self) -> None:
         """Closes the connection."""

@@ -53,7 +53,10 @@ def open_log(path: Path) -> int:
 
 
 def last_lines(path: Path, count: int = 20) -> list[str]:
-    """Returns the last `count` lines of a log file; an empty list if the file cannot be read."""
+    """Returns at most the last `count` lines of a log file; an empty list if the file cannot be read.
+
+    Reads only the last 500 * `count` bytes. If lines are long, fewer lines are returned, and the first may be cut.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 500 * count))

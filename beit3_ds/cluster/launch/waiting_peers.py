@@ -13,8 +13,8 @@ class WaitingPeers:
     """Holds a limited number of connections (channels) from peers that have not yet authenticated.
 
     If there are too many channels, the IPv4 address or IPv6 /64 network with the most channels loses its oldest
-    channel. So a stranger displaces only connections from the stranger's own address or network. A rank's guard that
-    loses its connection in this way connects again.
+    channel. So a stranger who opens many connections from one network usually displaces only connections from that
+    network. A rank's guard that loses its connection in this way connects again.
     """
 
     def __init__(self, most: int) -> None:

@@ -25,6 +25,7 @@ class Folder:
 
         Raises:
             OSError: if the path is not a folder, or the folder cannot be read.
+            StorageError: if the file system fails.
         """
         self.path = os.path.realpath(path)
         self._inode = read_with_retries(lambda: _inode(self.path), self.path)

@@ -48,7 +48,7 @@ def iterate_json_lines(path: str, required: Mapping[str, type]) -> Iterator[tupl
 def _object(line: bytes, required: Mapping[str, type], where: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8-sig" if line.startswith(_BYTE_ORDER_MARK) else "utf-8")
-        found = parse_untrusted_json(text, has_constants=True)
+        found = parse_untrusted_json(text, accepts_constants=True)
     except ValueError as error:
         raise ConfigError(f"data: {where} is not JSON: {error}. Write one object per line.") from error
     if not isinstance(found, dict):

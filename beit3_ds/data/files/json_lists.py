@@ -90,7 +90,8 @@ def open_json_text(path: str) -> io.TextIOWrapper:
 
 @contextlib.contextmanager
 def reading_as(path: str, form: str) -> Iterator[None]:
-    """Converts errors from reading a malformed file to a `ConfigError` that names the file and the expected form.
+    """Converts errors from reading a file in a `with` block to a `ConfigError` that names the file and the expected
+    form.
 
     Args:
         path: path of the file, for the message.
@@ -188,7 +189,7 @@ class _Reader:
                 raise ValueError("truncated")
 
     def _read_more(self) -> bool:
-        """Reads more text from the file, at least as much as is buffered; returns False at the end of the file."""
+        """Reads more text from the file, as much as is buffered or more; returns False at the end of the file."""
         more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
         self._buffer, self._position = self._buffer[self._position :] + more, 0
         return bool(more)

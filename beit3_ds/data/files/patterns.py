@@ -20,11 +20,11 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
 
     Patterns have the syntax of a shell: `*`, `?`, `[abc]`, `**` for folders of any depth, `~`, and braces as in
     `shard-{0000..0127}.tar`. Every alternative in braces must match a file. `**` follows links to folders and lists
-    each folder once.
+    each folder once. A pattern that is the path of an existing file or folder matches only this path.
 
     Raises:
-        ConfigError: if a pattern or an alternative in braces matches nothing, if a match is not a regular file, or if a
-            file is matched twice.
+        ConfigError: if a pattern or an alternative in braces matches nothing, if a wildcard other than a final `**`
+            matches a folder, if a match is a pipe, a socket or a device, or if a file is matched twice.
         StorageError: if the file system fails.
     """
     files: list[str] = []

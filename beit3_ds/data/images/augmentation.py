@@ -58,8 +58,9 @@ class Augmentation:
     contrast change uses.
 
     Pillow's jitter rounds values to 8 bits. The pixels of this class were compared with those of a crop that Pillow
-    jitters before the resize. Pixels whose values are not clamped differ by at most 6 of 255 levels, and by 1.5 on
-    average. In images of pure noise, pixels differ by at most 81 levels, and by 2.6 on average.
+    jitters before the resize. In images without clamped values, pixels differ by at most 6 of 255 levels, and by 1.5 on
+    average. In images of pure noise, many values are clamped: pixels differ by at most 81 levels, and by 2.6 on
+    average.
     """
 
     image_size: int

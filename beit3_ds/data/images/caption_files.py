@@ -32,8 +32,8 @@ def read_captions(
         path: path of the caption file.
         folder: folder of the images.
         kind: format of the file, such as `karpathy`.
-        split: `train`, `val` or `test` of a Karpathy file. Must be empty for the other formats, because their files
-            have one split.
+        split: split of a Karpathy file (`read_karpathy`). Must be empty for the other formats, because their files have
+            one split.
         needs_captions: whether every image must have a caption, as training and scoring require.
 
     Raises:

@@ -53,7 +53,7 @@ class ImageFolder:
     def files(self) -> Iterator[SourceFile]:
         """Yields a description of each image, sorted by path.
 
-        Only at most 1024 evenly spread images are described with their file size. For all others, the size is None.
+        At most 1024 evenly spread descriptions contain the file size. In all others, the size is None.
         """
         every = -(-len(self) // _SIZES_LOOKED_UP)
         for number in range(len(self)):
@@ -107,6 +107,7 @@ class ImageFolder:
 
         Raises:
             BrokenRecordError: if the image or the caption is missing or cannot be read.
+            StorageError: if the file system fails.
         """
         caption = self.caption(index)  # first, because it is cheaper to read than the image
         return self.image(index, min_side), caption

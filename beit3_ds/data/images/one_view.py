@@ -1,4 +1,4 @@
-"""Converts an image to a model input by augmenting or resizing it, for all tasks except pretraining."""
+"""Augments or resizes an image to a model input, for ImageNet, VQA, NLVR2, captioning and retrieval."""
 
 import dataclasses
 import math
@@ -30,10 +30,11 @@ _ERASED_ASPECTS = (0.3, 10 / 3)
 
 
 class ImageTransform(Protocol):
-    """Interface of a transform from an image to a model input, (3, size, size) float32 in [-1, 1].
+    """Interface of a transform from an image to a model input, (3, size, size) float32.
 
-    Model inputs are floats, because random erasing adds Gaussian noise and mixup interpolates between images.
-    Pretraining does neither, and uses 8-bit views (`augmentation.Views`).
+    Values are in [-1, 1], except in rectangles filled by random erasing. Model inputs are floats, because random
+    erasing adds Gaussian noise and mixup interpolates between images. Pretraining does neither, and uses 8-bit views
+    (`augmentation.Views`).
     """
 
     @property

@@ -39,7 +39,8 @@ class TarShards:
     | found | rule |
     |---|---|
     | truncated tar, also between two members; damaged header; second tar appended | `ConfigError` |
-    | tar whose size or modification time differs from its index | `ConfigError` |
+    | at the start, tar whose size or modification time differs from its index | `ConfigError` |
+    | tar that changes its size or modification time during the run | `BrokenRecordError` |
     | changed bytes with unchanged size and modification time | found by `beit3 prepare index --verify` |
     | repeated name; second image of a sample | the first is read, the others are in `skipped` |
     | additional member; hidden file; other extension; unsupported image format | in `skipped` |

@@ -1,4 +1,4 @@
-"""Computes a digest of the first samples of a source; equal digests show that new samples were only appended."""
+"""Computes a digest of a source's first samples. It changes if samples among them are inserted or removed."""
 
 import hashlib
 from typing import ClassVar, Protocol

@@ -99,7 +99,7 @@ class RunOrder:
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs and the sample numbers of some samples of a step, each (len(slots),) int64.
+        """Returns the epochs of some samples of a step, and their indices in the stream, each (len(slots),) int64.
 
         Args:
             stream: name of the stream: "images", "pairs" or "texts".

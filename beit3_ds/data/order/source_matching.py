@@ -44,9 +44,10 @@ class SourceMatch(NamedTuple):
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
-    """Matches each source that the run found with the source in the checkpoint that has the same path.
+    """Finds the checkpoint's source for each source of the run, by its path or else by its content.
 
-    If the checkpoint has no source with this path, the source may have been moved. It is matched with a source in the
+    The search by path includes the sources that an earlier run removed from the config (`StreamPosition.removed`). If
+    no source in the checkpoint has the path, the source may have been moved. It is then matched with a source in the
     checkpoint that has the same size and digest, and whose path is no longer in the config. Without such a match, the
     source is new.
 

@@ -107,8 +107,8 @@ def samples_at(
 
     Args:
         seed: the run's seed.
-        key: name of the stream, and the index of the source if the stream has weights. Sets with different keys are
-            shuffled differently.
+        key: key of the set, without the epoch (`StreamPosition.base_key`). Sets with different keys are shuffled
+            differently.
         positions: positions in the order, (n,) int64.
         size: number of samples in the set.
         first_epoch: epoch of position 0.

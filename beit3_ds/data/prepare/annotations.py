@@ -12,7 +12,8 @@ from beit3_ds.data.sources import annotation_files, count_missing_images, read_a
 
 
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
-    """Parses all annotation files of a run, and writes one table per annotation file into `cache_dir`.
+    """Parses a run's annotation files, except those in a task's own format, and writes one table per file into
+    `cache_dir`.
 
     Existing tables are rewritten, because an image folder may contain new images.
 
@@ -53,7 +54,7 @@ def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
 def _annotated_sources(config: DataConfig) -> list[SourceConfig]:
     streams = (config.images, config.pairs)
     sources = [source for stream in streams for source in stream.sources]
-    return [source for source in sources if source.images and not source.is_of_task]
+    return [source for source in sources if source.images and not source.has_task_format]
 
 
 def _verify(stored: StoredAnnotations, read: AnnotatedImages, path: str) -> None:

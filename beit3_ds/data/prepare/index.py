@@ -94,7 +94,8 @@ def prepare_indices(
     Args:
         tars: paths of the tars.
         cache_dir: folder of the indices; created if missing.
-        verify: whether to compare each existing index with its tar, including the CRC-32 of every member.
+        verify: whether to compare each existing index with its tar, including the CRC-32 of every member. If they
+            differ, the tar fails and the index is not rewritten.
         num_processes: number of processes; None starts one per core.
         timeout_seconds: seconds without CPU use after which a process counts as stuck (`data.timeout_seconds`).
 

@@ -117,7 +117,7 @@ def open_sources(config: DataConfig) -> dict[str, ImageSource]:
         for name, stream in (("images", config.images), ("pairs", config.pairs))
         for split in ("train", "validation", "test")
         for source in getattr(stream, split)
-        if not source.is_of_task
+        if not source.has_task_format
     }
 
 
@@ -152,7 +152,9 @@ def examine_source(source: ImageSource, with_captions: bool, max_examined: int) 
 
 
 def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
-    """Describes all training, validation and test files of a run, and their problems.
+    """Describes the training, validation and test files of a run, and their problems.
+
+    Skips sources in a task's own format.
 
     Args:
         config: data section of the run's config.
@@ -172,7 +174,7 @@ def describe_streams(config: DataConfig, max_examined: int) -> DataReport:
         problems += [f"{name}: {problem}" for problem in statistics.problems(config.max_broken_records)]
     for split in ("train", "validation", "test"):
         for text in getattr(config.texts, split):
-            if text.is_of_task:
+            if text.has_task_format:
                 continue
             name, paths = f"texts {split} {text.path}", expand_patterns([text.path])
             num_bytes = sum(os.path.getsize(path) for path in paths)

@@ -87,7 +87,7 @@ def prepare_texts(
 
     Files are cut into pieces of `piece_bytes` bytes. The pieces are divided among shares, and a share's pieces among
     processes. No share waits for another one. Token files that exist and are up to date are not written again. When all
-    pieces of a file are tokenized, the file is cut into sequences of `data.text_length` tokens.
+    pieces of a file are tokenized, the file is cut into sequences of at most `data.text_length` tokens.
 
     Args:
         data: data section of the run's config.
@@ -134,9 +134,12 @@ def prepare_texts(
 
 
 def _text_files(data: DataConfig) -> list[str]:
-    """Returns the paths of all training, validation and test text files of a run, without duplicates."""
+    """Returns the paths of a run's training, validation and test text files, without duplicates.
+
+    Skips sources in a task's own format.
+    """
     sources = (data.texts.train, data.texts.validation, data.texts.test)
-    paths = [[source.path for source in split if not source.is_of_task] for split in sources]
+    paths = [[source.path for source in split if not source.has_task_format] for split in sources]
     return list(dict.fromkeys(file for split in paths for file in expand_patterns(split)))
 
 

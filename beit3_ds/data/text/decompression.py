@@ -22,8 +22,8 @@ _FREE_BYTES = 1 << 26
 def open_decompressed(path: str, compression: Compression) -> io.BufferedReader:
     """Opens a file for reading and decompresses its content; retries failed reads.
 
-    A read raises EOFError if the file is truncated. A read raises OSError if the content exceeds both 64 MiB and 100
-    times the file's size.
+    For a compressed file, a read raises EOFError if the file is truncated. It raises OSError if the content exceeds
+    both 64 MiB and 100 times the file's size.
     """
     match compression:
         case "gzip":

@@ -116,8 +116,8 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
 
     Args:
         piece: the piece to read.
-        broken: collects broken lines and JSON values: too long, not UTF-8, not valid text (`check_is_text`), or JSON
-            without a string under `text`.
+        broken: collects broken lines: too long, not UTF-8, not valid text (`check_is_text`), or not JSON in a file of
+            JSON lines. Also collects JSON values without a valid string under `text`.
 
     Raises:
         ConfigError: if the file cannot be read, decompressed or parsed as JSON values, or if too many lines are broken.

@@ -108,7 +108,7 @@ class PreparedText:
 
         Raises:
             BrokenRecordError: if the `.borders` file or the ids in the token files are damaged.
-            StorageError: if a file cannot be memory-mapped. A read error after that kills the process.
+            StorageError: if a file cannot be memory-mapped. A read error in a mapped file kills the process.
         """
         start, stop = (int(border) for border in self._borders()[index : index + 2])
         if not 0 <= start < stop <= min(start + self._length - 1, int(self._piece_starts[-1])):

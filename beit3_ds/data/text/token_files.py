@@ -1,4 +1,4 @@
-"""Defines token files, which `beit3 prepare texts` writes and training memory-maps.
+"""Defines token files. `beit3 prepare texts` writes these files, and training runs memory-map them.
 
 A text file is divided into pieces, with one token file per piece. The name contains the text file's name, a digest of
 its path, and the piece's first byte:

@@ -30,7 +30,8 @@ def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
 def encode_paragraphs(
     paragraphs: Iterable[Paragraph], tokenizer: TextTokenizer, document_separator: bool
 ) -> Iterator[TokenizedParagraphs]:
-    """Encodes consecutive paragraphs to token ids; yields chunks of about a million characters.
+    """Encodes consecutive paragraphs to token ids; yields chunks of at most 4096 paragraphs and about a million
+    characters.
 
     Args:
         paragraphs: paragraphs of one file or piece, in order.

@@ -246,7 +246,9 @@ class _Workers(Generic[RequestT, ItemT]):
         return process
 
     def _replace(self, worker: int, request: RequestT, why: str) -> None:
-        """Replaces a dead or suspended worker by a new process, and sends it all unanswered requests."""
+        """Replaces a dead or suspended worker by a new process. Sends the worker's unanswered requests to the new
+        process.
+        """
         self.processes[worker].kill()
         self._num_replaced[worker] += 1
         what = f"data worker {worker}, which prepares {self._preparation.describe(request)}: {why}"

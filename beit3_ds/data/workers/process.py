@@ -112,7 +112,8 @@ class WorkerProcess:
             seconds: maximum wait in seconds; 0 does not wait.
 
         Returns:
-            The reply. None after the maximum wait, or if only the worker's start message arrived.
+            The reply; None if no complete reply has arrived. None may come before the maximum wait, if only a part of
+            the reply or the worker's start message arrived.
 
         Raises:
             WorkerDiedError: if the worker ended without a reply.

@@ -140,7 +140,7 @@ class ItemReceiver:
 
 
 def _write_shared(views: Sequence[memoryview]) -> int | None:
-    """Writes buffers to a file in shared memory; returns the file's descriptor, or None if shared memory is full."""
+    """Writes buffers to a file in shared memory; returns the file's descriptor, or None if writing fails."""
     descriptor = -1
     try:
         descriptor = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -80,8 +80,8 @@ def generate(model: TaskModel, pixels: Tensor, tokens: SpecialIds, search: BeamS
         search: settings of the beam search; None uses `BeamSearch()`.
 
     Raises:
-        ConfigError: if the model does not accept pairs or does not predict words, if `max_length` exceeds the model's
-            text positions, or if there are more candidates per step than words in the vocabulary.
+        ConfigError: if the model does not accept pairs or does not predict words, if the model has fewer than
+            `max_length` - 1 text positions, or if there are more candidates per step than words in the vocabulary.
     """
     search = search or BeamSearch()
     _check(model, search)

@@ -22,8 +22,8 @@ class CaptioningConfig:
     drop_after_steps: Count = 12_000
     """Number of steps after which `dropped_share` takes effect. Earlier steps use all masked tokens."""
     generation: Literal["at_end", "always", "never"] = "at_end"
-    """Which evaluations generate captions. `at_end` means evaluations that write result files: the last one of a run,
-    and `beit3 evaluate`. Evaluations without generation only predict masked words."""
+    """Which evaluations generate captions. `at_end` means evaluations that write result files: those that may be the
+    last one of a run, and `beit3 evaluate`. Evaluations without generation only predict masked words."""
     num_beams: Annotated[int, Range(1, 64)] = 3
     """Number of beams per image in the beam search; 1 is greedy search."""
     length_penalty: Annotated[float, Range(0, 10)] = 0.6
@@ -33,7 +33,7 @@ class CaptioningConfig:
     `max_length` - 3 words."""
     official_scores: bool = True
     """Whether to compute the official metrics with pycocoevalcap, if it is installed; METEOR takes a minute to start.
-    Other metrics are always computed: the share of captions that reach EOS, and the share that equal a reference
-    caption."""
+    Other metrics of generated captions are always computed: the share of captions that end before the length limit, and
+    the share that equal a reference caption."""
     shown_captions: Positive = 60
     """Number of images on the result page of an evaluation."""

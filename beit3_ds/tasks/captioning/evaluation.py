@@ -15,7 +15,7 @@ from beit3_ds.model import TaskModel
 from beit3_ds.model.generation import BeamSearch, generate
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.captioning.head import TARGET_IDS
-from beit3_ds.tasks.captioning.packing import NUM_MASKED, NUMBERS
+from beit3_ds.tasks.captioning.packing import INDICES, NUM_MASKED
 from beit3_ds.tasks.captioning.samples import CaptionSamples
 from beit3_ds.tasks.captioning.score import Identifier, score_captions, write_caption_results
 from beit3_ds.tasks.rank_task import Evaluator
@@ -81,7 +81,7 @@ def predict_split(
             assert tokenizer is not None
             rows["caption"] = [tokenizer.decode(caption.ids) for caption in captions]
             rows["length"] = torch.tensor([len(caption.ids) for caption in captions], dtype=torch.int64)
-        results.add(batch.targets[NUMBERS], **rows)
+        results.add(batch.targets[INDICES], **rows)
     return results.gather(evaluator.mesh)
 
 

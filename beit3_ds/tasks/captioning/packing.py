@@ -15,7 +15,7 @@ from beit3_ds.data.packing import concatenate, pack_inputs, stack_views
 from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.samples import CaptionSample
 
-NUMBERS = "sample_numbers"
+INDICES = "sample_numbers"
 """Key in `PackedBatch.targets`: index of each sample in its split, (samples,) int64."""
 NUM_MASKED = "num_masked"
 """Key in `PackedBatch.targets`: number of masked tokens of each caption, (captions,) int64."""
@@ -28,7 +28,7 @@ def pack(
     model: ModelConfig,
     embeds: bool = True,
 ) -> PackedBatch:
-    """Packs images with captions; each word attends to the image and to the words before it.
+    """Packs images with captions; each token of a caption attends to the image, to itself and to the tokens before it.
 
     Args:
         samples: images with masked captions; may be empty.
@@ -58,7 +58,7 @@ def pack(
         term_counts=(sum(counts),) * 2,
         targets={
             TARGET_IDS: concatenate([sample.target_ids for sample in samples]),
-            NUMBERS: torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+            INDICES: torch.tensor([sample.number for sample in samples], dtype=torch.int64),
             NUM_MASKED: torch.tensor(counts, dtype=torch.int64),
         },
     )

@@ -15,7 +15,7 @@ from beit3_ds.data.images.caption_files import CaptionFormat, read_captions
 from beit3_ds.data.images.one_view import PairView, build_pair_view
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.samples import CaptionedSamples, SampleKey, Split, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_image_is_missing, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_image_is_missing, check_no_sample_twice, open_images
 from beit3_ds.tasks.pretraining.masking import mask_tokens
 from beit3_ds.tokenizers.text import TextTokenizer
 
@@ -95,7 +95,7 @@ def build_stream(config: RunConfig, tokenizer: TextTokenizer, mask_ratio: float,
     data, sources = config.data, getattr(config.data.pairs, split)
     if not sources:
         return {}
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     files = OpenFiles(data.max_open_files)
     samples = [
         CaptionSamples(

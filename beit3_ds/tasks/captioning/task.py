@@ -47,7 +47,7 @@ class CaptioningRankTask(RankTask):
 
     settings: CaptioningConfig
     """The task's settings."""
-    dropped: BestTokensLoss
+    best_tokens_loss: BestTokensLoss
     """Object that computes the loss and drops the tokens with the largest losses. The training step calls the same
     object (`Captioning.step_loss`). The rank task tells the object the number of the current step."""
     tokenizer: TextTokenizer
@@ -55,18 +55,18 @@ class CaptioningRankTask(RankTask):
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
         """Passes the step number to the loss, which drops no tokens in the first `drop_after_steps` steps."""
-        self.dropped.begin(step)
+        self.best_tokens_loss.begin(step)
 
     def resume(self, evaluator: Evaluator, done: int) -> None:
         """Passes the number of the last finished step to the loss."""
-        self.dropped.begin(done - 1)
+        self.best_tokens_loss.begin(done - 1)
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Predicts the masked words of all captions of a split; depending on `task.generation`, also generates
+        """Predicts the masked tokens of all captions of a split; depending on `task.generation`, also generates
         captions.
 
         If the layout of ranks does not allow generation, the main rank prints the reason, and only the metrics of
-        masked words are returned.
+        masked tokens are returned.
         """
         settings, search = self.settings, None
         if settings.generation == "always" or (settings.generation == "at_end" and folder is not None):
@@ -93,7 +93,7 @@ def build_search(settings: CaptioningConfig) -> BeamSearch:
 
 
 class Captioning(Task):
-    """Defines captioning: the model predicts masked words from the image and the earlier words of the caption.
+    """Defines captioning: the model predicts masked tokens from the image and the earlier tokens of the caption.
 
     Follows paper section 3.1.
     """
@@ -122,7 +122,7 @@ class Captioning(Task):
                 f"task.max_length={settings.max_length} needs {settings.max_length - 1} positions, but "
                 f"model.max_text_length={longest}. Lower task.max_length or raise model.max_text_length."
             )
-        self._dropped = BestTokensLoss(settings)
+        self._best_tokens_loss = BestTokensLoss(settings)
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
         """Builds the captioning head with uninitialised parameters."""
@@ -134,13 +134,13 @@ class Captioning(Task):
     @property
     def step_loss(self) -> StepLoss | None:
         """Returns the loss function that drops tokens with large losses; None if `task.dropped_share` is 0."""
-        return self._dropped.sums if self.settings.dropped_share else None
+        return self._best_tokens_loss.sums if self.settings.dropped_share else None
 
     def head_flops(self, term_counts: Sequence[float]) -> float:
         """Returns the floating-point operations of the head's forward pass; a multiply-add counts as 2.
 
         Args:
-            term_counts: one number per loss term; only the first, the number of masked words, is used.
+            term_counts: one number per loss term; only the first, the number of masked tokens, is used.
         """
         return 2 * term_counts[0] * self.config.model.hidden_size * self.config.model.text_vocab_size
 
@@ -167,7 +167,7 @@ class Captioning(Task):
             validation_loss=False,
             files={"tokenizers.text.path": config.tokenizers.text.path},
             settings=self.settings,
-            dropped=self._dropped,
+            best_tokens_loss=self._best_tokens_loss,
             tokenizer=tokenizer,
         )
 

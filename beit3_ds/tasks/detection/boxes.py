@@ -82,8 +82,9 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
         objects_G4: boxes of the image's objects, (G, 4); G may be 0.
         high: minimum IoU for a match; the box matches the object with the largest IoU.
         low: a box is `BACKGROUND` if the largest IoU is below `low`, and `IGNORED` if it is between `low` and `high`.
-        keep_best: whether the boxes that overlap an object most always have a match, even if the IoU is below `high`.
-            Each of these boxes matches the object with the box's own largest IoU, which may be another object.
+        keep_best: whether each object's best boxes have a match even if the IoU is below `high`. An object's best boxes
+            are those that have the largest IoU with the object. Each of them matches the object with the box's own
+            largest IoU, which may be another object.
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)

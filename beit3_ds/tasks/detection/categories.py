@@ -87,7 +87,8 @@ def read_categories(entries: Iterable[Any], where: str) -> Categories:
 
     Raises:
         ConfigError: if there are no categories, or two categories have equal ids.
-        ValueError: if an entry has no integer 'id' or no string 'name'.
+        KeyError: if an entry lacks 'id' or 'name'.
+        ValueError: if an 'id' is not an integer of at most 64 bits, or a 'name' is not a string.
     """
     found = []
     for entry in entries:

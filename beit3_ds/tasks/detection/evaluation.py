@@ -24,7 +24,7 @@ from beit3_ds.tasks.detection.records import DetectionRecord, decode_mask, make_
 from beit3_ds.tasks.detection.samples import DetectionSample, ObjectSamples
 from beit3_ds.tasks.detection.score import AveragePrecision, average_precision
 from beit3_ds.tasks.detection.segmentations import whole_segmentation
-from beit3_ds.tasks.detection.views import NUMBERS, ORIGINAL_SIZES, SAMPLES
+from beit3_ds.tasks.detection.views import INDICES, ORIGINAL_SIZES, SAMPLES
 from beit3_ds.tasks.rank_task import Evaluator
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
 from beit3_ds.tasks.results import GatheredResults, SampleResults
@@ -50,7 +50,7 @@ def detect_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
         targets = batch.host_targets
         sizes = dict(zip(targets[SAMPLES].tolist(), targets[ORIGINAL_SIZES].tolist(), strict=True))
         records = [_record(detections, sizes[sample]) for sample, detections in enumerate(found)]
-        results.add(targets[NUMBERS], detections=[record.to_json() for record in records])
+        results.add(targets[INDICES], detections=[record.to_json() for record in records])
     return results.gather(evaluator.mesh)
 
 
@@ -212,7 +212,7 @@ def _show(split: DetectedSplit, place: int) -> ShownSample:
         )
         for found in source.objects(index)
     ]
-    drawn = drawn_detections(record, split.categories.names, split.shown_score)
+    drawn = detections_to_draw(record, split.categories.names, split.shown_score)
     pictures = [draw_objects(image, drawn)]
     if source.has_annotations:
         pictures.insert(0, draw_objects(image, truth))
@@ -252,7 +252,7 @@ def draw_training_sample(sample: DetectionSample, names: Sequence[str]) -> Shown
     )
 
 
-def drawn_detections(record: DetectionRecord, names: Sequence[str], least_score: float) -> list[DrawnObject]:
+def detections_to_draw(record: DetectionRecord, names: Sequence[str], least_score: float) -> list[DrawnObject]:
     """Returns the detections of an image with a score of at least `least_score`, as objects to draw."""
     masks: list[Any] = [None] * len(record)
     if record.counts is not None:

@@ -11,7 +11,7 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.data.packing import pack_grids
 from beit3_ds.tasks.detection.objects import SEEDS, SIZES, empty_objects, pack_objects
 from beit3_ds.tasks.detection.samples import DetectionSample
-from beit3_ds.tasks.detection.views import FLIPS, NUMBERS, ORIGINAL_SIZES, SAMPLES
+from beit3_ds.tasks.detection.views import FLIPS, INDICES, ORIGINAL_SIZES, SAMPLES
 
 
 def pack(
@@ -55,7 +55,7 @@ def pack(
 def _view_targets(samples: Sequence[DetectionSample]) -> dict[str, Tensor]:
     views = [view._replace(sample=place) for place, sample in enumerate(samples) for view in sample.views]
     return {
-        NUMBERS: _integers([sample.number for sample in samples]),
+        INDICES: _integers([sample.number for sample in samples]),
         SAMPLES: _integers([view.sample for view in views]),
         ORIGINAL_SIZES: _integers([view.original for view in views], 2),
         FLIPS: torch.tensor([view.is_flipped for view in views], dtype=torch.bool),

@@ -12,7 +12,7 @@ from beit3_ds.config.data import Split
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.samples import SampleKey, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice
+from beit3_ds.data.sources import ConcatSources, check_no_sample_twice
 from beit3_ds.pixels import to_floats
 from beit3_ds.tasks.detection.augmentation import LargeScaleJitter, fitted_window
 from beit3_ds.tasks.detection.config import DetectionConfig
@@ -106,7 +106,7 @@ def evaluation_sample(
     Args:
         image: RGB image.
         settings: the task's settings; `test_sizes` and `test_flip` define the views.
-        image_size: side in pixels of the square that the view fits, if `test_sizes` is empty.
+        image_size: side in pixels of the square into which the views are fitted, if `test_sizes` is empty.
         name: name of the image, for messages.
         number: index of the image in the results.
     """
@@ -151,11 +151,11 @@ def open_split(
     """Opens all sources of a split; without `needs_images`, images may be missing.
 
     Raises:
-        ConfigError: if a source is invalid (`open_objects`), a training or validation file has no annotations, or two
-            sources of a validation or test split share an image id.
+        ConfigError: if a source is invalid (`open_objects`) or named twice, a training or validation file has no
+            annotations, or two sources of a validation or test split share an image id.
     """
     sources = getattr(config.data.images, split)
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     opened = [open_objects(source, settings, needs_images=needs_images) for source in sources]
     for source in opened if split != "test" else ():
         if not source.has_annotations:

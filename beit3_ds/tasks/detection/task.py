@@ -92,7 +92,11 @@ class Detection(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the loss terms of proposal network, box stages and mask head; each is a mean over images."""
+        """Returns the loss terms; each is a mean over images.
+
+        Two terms belong to the proposal network and two to the box stages. If masks are trained, the mask head has one
+        term.
+        """
         terms = (
             Term("objectness", "images", "anchors: object or not", unit="cross entropy per drawn anchor (nats)"),
             Term("anchors", "images", "anchors: boxes", unit="L1 per drawn anchor"),
@@ -103,7 +107,10 @@ class Detection(Task):
         return (*terms, masks) if self.settings.masks else terms
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> DetectionHead:
-        """Builds the pyramid, the proposal network, the box stages and the mask head, with uninitialised parameters."""
+        """Builds the pyramid, the proposal network, the box stages and, if masks are trained, the mask head.
+
+        The parameters are uninitialised.
+        """
         return DetectionHead(model, self.settings, self.settings.num_classes, tensor)
 
     def head_flops(self, term_counts: Sequence[float]) -> float:

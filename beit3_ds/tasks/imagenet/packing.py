@@ -18,7 +18,7 @@ OTHER_CLASSES = "other classes"
 SHARES = "shares"
 """Key in `PackedBatch.targets`: share of the first image in each mixed image, in units of 1 / `mixing.WHOLE`, (images,)
 int64."""
-NUMBERS = "numbers"
+INDICES = "numbers"
 """Key in `PackedBatch.targets`: index of each image in its split, (images,) int64."""
 TEXT_CLASSES = "classes of texts"
 """Key in `PackedBatch.targets`: class label of each text, (texts,) int64."""
@@ -65,7 +65,7 @@ def pack(
         CLASSES: [image.label for image in images],
         OTHER_CLASSES: [image.other_label for image in images],
         SHARES: [image.share for image in images],
-        NUMBERS: [image.number for image in images],
+        INDICES: [image.number for image in images],
         TEXT_CLASSES: [text.label for text in texts],
     }
     rows = patch_rows(batch.layout) if head == "linear" else batch.layout.first_rows(_IMAGES, _TEXTS)

@@ -15,7 +15,7 @@ from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import Skipped
 from beit3_ds.data.images.one_view import ImageTransform, ResizedView, build_train_view
 from beit3_ds.data.samples import SampleKey, Split, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, image_format
+from beit3_ds.data.sources import ConcatSources, check_no_sample_twice, image_format
 from beit3_ds.tasks.imagenet.classes import ClassList
 from beit3_ds.tasks.imagenet.config import ImagenetConfig
 from beit3_ds.tasks.imagenet.files import LabelledImages, read_class_folders, read_class_lines, read_class_tars
@@ -205,7 +205,7 @@ def build_streams(
     """
     data, is_training = config.data, split == "train"
     sources = getattr(data.images, split)
-    check_no_file_twice([source for source in sources if not source.is_of_task])
+    check_no_sample_twice([source for source in sources if not source.has_task_format])
     files = OpenFiles(data.max_open_files)
     view: ImageTransform = ResizedView(image_size=config.model.image_size)
     mixing = None

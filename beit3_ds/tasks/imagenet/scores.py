@@ -13,7 +13,7 @@ from beit3_ds.data.samples import Split
 from beit3_ds.model import StepFeatures
 from beit3_ds.parallel import Mesh
 from beit3_ds.tasks.imagenet.head import CLASSES
-from beit3_ds.tasks.imagenet.packing import NUMBERS
+from beit3_ds.tasks.imagenet.packing import INDICES
 from beit3_ds.tasks.imagenet.samples import ClassText
 from beit3_ds.tasks.rank_task import Evaluator
 from beit3_ds.tasks.results import GatheredResults, SampleResults
@@ -69,7 +69,7 @@ def score_split(
     for batch, output in evaluator.predict(evaluator.batches(split)):
         if output is not None and evaluator.mesh.tensor.rank == 0:
             scores_IC = output if classes_CD is None else _compare(output, classes_CD)
-            results.add(batch.targets[NUMBERS], **score_images(scores_IC, batch.targets[CLASSES]))
+            results.add(batch.targets[INDICES], **score_images(scores_IC, batch.targets[CLASSES]))
     gathered = results.gather(evaluator.mesh)
     return None if gathered is None else _read(gathered)
 

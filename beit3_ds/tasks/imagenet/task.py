@@ -1,4 +1,4 @@
-"""Implements the ImageNet task, which classifies images by retrieving class names (paper section 3.2)."""
+"""Implements the ImageNet task: classifies images by class names (paper section 3.2) or with a linear layer."""
 
 import functools
 import json

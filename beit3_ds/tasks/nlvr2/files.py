@@ -118,7 +118,11 @@ class Statements:
         return self._sentences[index]
 
     def group(self, index: int) -> str:
-        """Returns the group of a sample; statements of one group have the same sentence but different images."""
+        """Returns the name of a sample's group.
+
+        The statements of a group have the same sentence but different images, unless a file of JSON lines sets other
+        groups.
+        """
         return self._groups[index]
 
     def label(self, index: int) -> bool | None:

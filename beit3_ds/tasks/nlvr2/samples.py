@@ -18,12 +18,12 @@ from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.one_view import PairView, build_pair_view
 from beit3_ds.data.packing import pack_inputs, stack_views
 from beit3_ds.data.samples import SampleKey, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice
+from beit3_ds.data.sources import ConcatSources, check_no_sample_twice
 from beit3_ds.tasks.nlvr2.files import Statements, read_nlvr2, read_statement_lines
 from beit3_ds.tasks.nlvr2.head import LABELS
 from beit3_ds.tokenizers.text import TextTokenizer
 
-NUMBERS = "sample_numbers"
+INDICES = "sample_numbers"
 """Key in `PackedBatch.targets`: index of each sample in its split, (samples,) int64."""
 FORMATS = ("nlvr2", "statement_lines")
 """Names of the source formats of this task: NLVR2's published files, and JSON lines."""
@@ -88,7 +88,7 @@ class StatementSamples:
         """Reads sample `index` of the source, and augments or resizes its images; `key` seeds the augmentation.
 
         Raises:
-            BrokenRecordError: if an image cannot be read, or the sentence has no tokens.
+            BrokenRecordError: if an image cannot be read, or the statement has no tokens.
         """
         statements, name = self.statements, self.name(index)
         sentence = statements.sentence(index)
@@ -119,7 +119,7 @@ def build_stream(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> d
     sources = getattr(config.data.pairs, split)
     if not sources:
         return {}
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     samples = []
     for source in sources:
         read = read_statement_lines if source.format == "statement_lines" else read_nlvr2
@@ -171,7 +171,7 @@ def pack(
     first_rows = batch.layout.first_rows(1, 2)
     targets = {
         LABELS: torch.tensor([sample.label for sample in samples], dtype=torch.int64),
-        NUMBERS: torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+        INDICES: torch.tensor([sample.number for sample in samples], dtype=torch.int64),
     }
     fields: dict[str, Any] = {"head_rows": first_rows.rows, "head_row_counts": first_rows.counts, "targets": targets}
     return dataclasses.replace(batch, term_counts=(len(samples),) * 2, **fields)

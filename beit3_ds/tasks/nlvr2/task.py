@@ -17,7 +17,7 @@ from beit3_ds.parallel import TensorParallel
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.nlvr2.files import Statements
 from beit3_ds.tasks.nlvr2.head import StatementHead
-from beit3_ds.tasks.nlvr2.samples import FORMATS, NUMBERS, StatementSamples, build_stream, pack
+from beit3_ds.tasks.nlvr2.samples import FORMATS, INDICES, StatementSamples, build_stream, pack
 from beit3_ds.tasks.nlvr2.score import JudgedStatement, score_statements
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.result_page import ShownSample, choose_shown, write_result_page
@@ -44,7 +44,7 @@ class StatementRankTask(RankTask):
         results = SampleResults()
         for batch, logits in evaluator.predict(evaluator.batches(split)):
             if logits is not None and evaluator.mesh.tensor.rank == 0:
-                results.add(batch.targets[NUMBERS], logits=logits.float())
+                results.add(batch.targets[INDICES], logits=logits.float())
         found = results.gather(evaluator.mesh)
         if found is None or not len(found):
             return {}
@@ -132,6 +132,7 @@ class StatementTask(Task):
             functools.partial(build_stream, config, tokenizer),
             functools.partial(pack, model=config.model, embeds=share.embeds),
             validation_loss=False,
+            pairs_per_sample=self.pairs_per_sample,
             files={"tokenizers.text.path": config.tokenizers.text.path},
         )
 

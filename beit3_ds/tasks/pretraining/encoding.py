@@ -15,7 +15,7 @@ from beit3_ds.tokenizers import VisualTokenizer
 
 @dataclass
 class CodeEncoder:
-    """Encodes images with a frozen visual tokenizer; each tensor-parallel rank encodes an equal part of the images."""
+    """Encodes images with a frozen visual tokenizer; each tensor-parallel rank encodes a part of the images."""
 
     tokenizer: VisualTokenizer
     """The trained tokenizer, in float32."""

@@ -54,7 +54,8 @@ class MaskedModelingHeads(Head):
             h_MD: normalised hidden states at masked positions, (rows, hidden size), in the order: patches of images,
                 patches of pairs, tokens of captions, tokens of texts.
             batch: the packed micro-batch; needs `VISUAL_CODES` if `with_loss`.
-            with_loss: True returns the sums, False returns `Logits`.
+            with_loss: True returns the sums, in the order: image MIM, text MLM, pair MIM, pair MLM. False returns
+                `Logits`.
         """
         image_mim, pair_mim, pair_mlm, text_mlm = batch.head_row_counts
         h_patches, h_tokens = h_MD.split([image_mim + pair_mim, pair_mlm + text_mlm])

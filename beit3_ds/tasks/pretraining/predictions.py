@@ -32,9 +32,9 @@ def write_predictions(
 ) -> None:
     """Writes the model's predictions for one validation batch as a self-contained HTML page.
 
-    For each masked token, the page shows the model's guess and the original token. A right guess is green. For each
-    masked image, the page shows mosaics of the predicted and the true visual codes. A mosaic draws each code as the
-    mean of the batch's patches with this code.
+    The page shows at most 12 pairs, 12 images and 12 texts. For each masked token, it shows the model's guess and, if
+    the guess is wrong, the original token. A right guess is green. For each image, it shows mosaics of the predicted
+    and the true visual codes. A mosaic draws each code as the mean of the batch's patches with this code.
 
     Args:
         batch: a validation micro-batch.

@@ -15,7 +15,7 @@ from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_augmentation
 from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_sample_twice, open_images
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.tasks.pretraining.config import pretraining_config
 from beit3_ds.tasks.pretraining.masking import TextMasking, block_mask
@@ -196,7 +196,7 @@ def _build_stream(
     views: ViewTransform,
     files: OpenFiles,
 ) -> Stream:
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     return Stream(ConcatSources([_build_samples(name, source, config, tokenizer, views, files) for source in sources]))
 
 

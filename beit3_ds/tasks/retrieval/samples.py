@@ -21,7 +21,7 @@ from beit3_ds.data.images.one_view import PairView, build_pair_view
 from beit3_ds.data.images.source import ImageSource
 from beit3_ds.data.randomness import sample_rng
 from beit3_ds.data.samples import CaptionedSamples, SampleKey, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_image_is_missing, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_image_is_missing, check_no_sample_twice, open_images
 from beit3_ds.tokenizers.text import TextTokenizer
 
 CAPTION_FORMATS: tuple[str, ...] = get_args(CaptionFormat)
@@ -120,7 +120,7 @@ def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
         ConfigError: if a file cannot be read, an image is missing, or an image has no captions.
     """
     sources, files = getattr(data.pairs, split), OpenFiles(data.max_open_files)
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     return [_open_source(source, data, files) for source in sources]
 
 

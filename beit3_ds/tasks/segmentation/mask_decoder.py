@@ -75,7 +75,8 @@ def _transformers(name: str) -> Any:
 
 
 class MaskDecoder(nn.Module):
-    """Predicts masks and classes from four feature maps with a fixed number of queries (Mask2Former).
+    """Predicts masks and classes of an image from four feature maps; each of a fixed number of queries predicts one
+    mask (Mask2Former).
 
     The pixel decoder mixes the three coarser maps by deformable attention and adds the finest map. In each layer of the
     query decoder, a query attends only to cells within the mask that the previous layer predicted for the query. There

@@ -15,17 +15,17 @@ from beit3_ds.tasks.segmentation.mask_decoder import QueryPredictions, mask2form
 NO_OBJECT_WEIGHT = 0.1
 """Weight of unmatched queries in the class term, as in Mask2Former. A query that is matched with a target mask has
 weight 1."""
-QUERY_UNITS = 10
-"""Weight of matched queries in the sum `TermCounts.classes`, as a multiple of `NO_OBJECT_WEIGHT`. An unmatched query
-has weight 1."""
+MATCHED_QUERY_UNITS = 10
+"""Weight of a matched query in the sum `TermCounts.classes`. The sum counts in units of `NO_OBJECT_WEIGHT`, so an
+unmatched query adds 1."""
 
 
 class TermCounts(NamedTuple):
     """Holds the denominators of an image's loss terms."""
 
     classes: int
-    """Denominator of the class term: the sum of the queries' weights. A query that is matched with a target mask has
-    weight `QUERY_UNITS` (10), and any other query has weight 1."""
+    """Denominator of the class term: the sum of the queries' weights, in units of `NO_OBJECT_WEIGHT`. A query that is
+    matched with a target mask adds `MATCHED_QUERY_UNITS` (10), and any other query adds 1."""
     masks: int
     """Denominator of the two mask terms: number of target masks that are matched with a query."""
 
@@ -40,8 +40,8 @@ class TermCounts(NamedTuple):
             num_queries: number of queries.
         """
         matched = min(num_masks, num_queries)
-        unmatched_weight = round(QUERY_UNITS * NO_OBJECT_WEIGHT)
-        return cls(QUERY_UNITS * matched + unmatched_weight * (num_queries - matched), matched)
+        unmatched_weight = round(MATCHED_QUERY_UNITS * NO_OBJECT_WEIGHT)
+        return cls(MATCHED_QUERY_UNITS * matched + unmatched_weight * (num_queries - matched), matched)
 
 
 class MaskLoss:
@@ -68,7 +68,7 @@ class MaskLoss:
         """Returns the three terms (classes, masks, dice), each summed over all images and layers, (3,) float32.
 
         Args:
-            layers: predictions of each layer; there may be no images.
+            layers: predictions of each layer. The number of images may be 0.
             labels: class of each pixel, (images, height, width) uint8, `config.IGNORED` where unknown.
             classes: classes in each image, ascending, (classes,) int64 each.
             seeds: seed of the random points of each image.

@@ -27,10 +27,10 @@ SEEDS = "seeds"
 """Key in `PackedBatch.host_targets`: seed of the random points of each crop, (crops,) int64."""
 DROP_PATH = "extractor factors"
 """Key in `PackedBatch.targets`: stochastic-depth factors of the adapter's extractors, (crops, extractors) float32."""
-NUMBERS, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
+INDICES, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
 """Keys in `PackedBatch.targets` for whole images.
 
-`NUMBERS` is the index of each image in its split, (images,) int64. `SIZES` is the height and width of each image in
+`INDICES` is the index of each image in its split, (images,) int64. `SIZES` is the height and width of each image in
 pixels, (images, 2) int64. `PIXELS` is one flat uint8 vector with the pixels of all images. `TRUTH` is one flat uint8
 vector with the class of each pixel.
 """
@@ -108,7 +108,7 @@ def _whole_targets(images: Sequence[WholeImage]) -> dict[str, Tensor]:
     sizes = [tuple(image.labels.shape) for image in images]
     nothing = torch.empty(0, dtype=torch.uint8)
     return {
-        NUMBERS: torch.tensor([image.number for image in images], dtype=torch.int64),
+        INDICES: torch.tensor([image.number for image in images], dtype=torch.int64),
         SIZES: torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
         PIXELS: torch.cat([nothing, *(image.pixels.flatten() for image in images)]),
         TRUTH: torch.cat([nothing, *(image.labels.flatten() for image in images)]),
@@ -123,5 +123,5 @@ def unpack_whole(batch: PackedBatch) -> list[WholeImage]:
     labels = batch.targets[TRUTH].split(lengths)
     return [
         WholeImage("", number, own.view(3, *size), truth.view(*size))
-        for number, size, own, truth in zip(batch.targets[NUMBERS].tolist(), sizes, pixels, labels, strict=True)
+        for number, size, own, truth in zip(batch.targets[INDICES].tolist(), sizes, pixels, labels, strict=True)
     ]

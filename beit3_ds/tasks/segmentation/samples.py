@@ -13,7 +13,7 @@ from beit3_ds.config import RunConfig
 from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import Skipped
 from beit3_ds.data.samples import SampleKey, Split, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice
+from beit3_ds.data.sources import ConcatSources, check_no_sample_twice
 from beit3_ds.tasks.segmentation.augmentation import CropAugmentation
 from beit3_ds.tasks.segmentation.config import SegmentationConfig
 from beit3_ds.tasks.segmentation.files import LabelMaps, open_label_maps
@@ -150,7 +150,7 @@ def open_split(config: RunConfig, settings: SegmentationConfig, split: Split) ->
         ConfigError: if a folder cannot be read, label maps are missing, or an image or label map has a wrong size.
     """
     sources = getattr(config.data.images, split)
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     return [open_label_maps(source, settings.num_classes, is_complete=split != "test") for source in sources]
 
 

@@ -45,7 +45,8 @@ class SegmentationRankTask(RankTask):
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
         """Segments all images of a split by sliding windows.
 
-        With `folder`, also writes a class table, a picture of the confusion matrix, a result page and label maps.
+        With `folder`, also writes a result page, label maps and, for a split with labels, a class table and a picture
+        of the confusion matrix.
 
         Returns:
             `mIoU`, `mean_accuracy`, `pixel_accuracy` and `images` (number of images) on the main rank. Empty on other
@@ -66,7 +67,7 @@ class SegmentationRankTask(RankTask):
     def draw_sample(self, sample: Any) -> ShownSample | None:
         """Makes pictures of a training crop and of its labels, in colours and with a legend.
 
-        Pixels without a label are black. Returns None for other samples.
+        Pixels without a label are black. Returns None if `sample` is not a training crop.
         """
         if not isinstance(sample, LabelledCrop):
             return None

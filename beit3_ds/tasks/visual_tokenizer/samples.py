@@ -10,7 +10,7 @@ from beit3_ds.config import RunConfig, SourceConfig
 from beit3_ds.data.files.descriptors import OpenFiles
 from beit3_ds.data.images.augmentation import CenterViews, ViewTransform, build_augmentation
 from beit3_ds.data.samples import ImageSourceSamples, SampleKey, Split, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, open_images
+from beit3_ds.data.sources import ConcatSources, check_no_sample_twice, open_images
 
 
 class TokenizerView(NamedTuple):
@@ -58,7 +58,7 @@ def open_views(config: RunConfig, sources: Sequence[SourceConfig], views: ViewTr
     Raises:
         ConfigError: if a file is missing or cannot be read.
     """
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     files, cache_dir = OpenFiles(config.data.max_open_files), config.data.cache_dir
     opened = [TokenizerViews(source=open_images(source, cache_dir, files), views=views) for source in sources]
     return Stream(ConcatSources(opened))

@@ -71,8 +71,9 @@ def choose_answers(
     return found
 
 
-def keep_answers(folder: Path, answers: AnswerVocabulary) -> None:
-    """Writes the answer list to a run's output folder; a folder with checkpoints must already have the same list.
+def write_or_check_answers(folder: Path, answers: AnswerVocabulary) -> None:
+    """Writes the answer list to a run's output folder. If the folder has checkpoints and a list, only compares the
+    lists.
 
     Raises:
         ConfigError: if the folder has checkpoints of a run with another list, or cannot be written.

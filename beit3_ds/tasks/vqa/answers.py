@@ -37,8 +37,8 @@ def strip_answer(answer: str) -> str:
 def normalize_answer(answer: str) -> str:
     """Returns an answer in normal form; the official evaluator compares answers in this form.
 
-    Removes punctuation, articles and capitals, adds missing apostrophes to contractions, and writes number words up to
-    ten as digits. For example, "The two dogs." becomes "2 dogs".
+    Changes the answer to lower case, removes most punctuation and all articles, adds missing apostrophes to
+    contractions, and writes number words up to ten as digits. For example, "The two dogs." becomes "2 dogs".
     """
     answer = strip_answer(answer)
     removes_all = _DIGIT_COMMA_DIGIT.search(answer) is not None

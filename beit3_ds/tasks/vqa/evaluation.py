@@ -18,7 +18,7 @@ from beit3_ds.tasks.results import GatheredResults, SampleResults
 from beit3_ds.tasks.vqa.answers import AnswerVocabulary
 from beit3_ds.tasks.vqa.files import VqaQuestions
 from beit3_ds.tasks.vqa.head import ANSWER_SCORES
-from beit3_ds.tasks.vqa.packing import QUESTION_NUMBERS
+from beit3_ds.tasks.vqa.packing import QUESTION_INDICES
 from beit3_ds.tasks.vqa.samples import VqaSamples
 from beit3_ds.tasks.vqa.score import ScoredQuestion, question_accuracy, score_questions
 
@@ -42,7 +42,7 @@ def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
         loss_PA = F.binary_cross_entropy_with_logits(logits_PA, scores_PA, reduction="none")
         best_P = logits_PA.argmax(1)
         score_P = scores_PA.gather(1, best_P[:, None])[:, 0]
-        results.add(batch.targets[QUESTION_NUMBERS], answer=best_P, loss=loss_PA.sum(1), score=score_P)
+        results.add(batch.targets[QUESTION_INDICES], answer=best_P, loss=loss_PA.sum(1), score=score_P)
     return results.gather(evaluator.mesh)
 
 

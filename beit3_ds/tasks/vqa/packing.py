@@ -15,7 +15,7 @@ from beit3_ds.layout import PARTS
 from beit3_ds.tasks.vqa.head import ANSWER_SCORES
 from beit3_ds.tasks.vqa.samples import VqaSample
 
-QUESTION_NUMBERS = "question_numbers"
+QUESTION_INDICES = "question_numbers"
 """Key in `PackedBatch.targets`: index of each question in its split, (questions,) int64."""
 
 _IMAGES_OF_PAIRS = next(i for i, part in enumerate(PARTS) if part.modality == "vision" and part.fused_expert)
@@ -51,7 +51,7 @@ def pack(
         sample_names=[sample.name for sample in samples],
         sources=sources,
     )
-    targets = {QUESTION_NUMBERS: torch.tensor([sample.number for sample in samples], dtype=torch.int64)}
+    targets = {QUESTION_INDICES: torch.tensor([sample.number for sample in samples], dtype=torch.int64)}
     if predicts:
         scores = [sample.scores for sample in samples]
         targets[ANSWER_SCORES] = torch.stack(scores) if scores else torch.empty(0, num_answers)

@@ -15,7 +15,7 @@ from beit3_ds.data.files.fingerprint import SourceFile
 from beit3_ds.data.files.records import BrokenRecordError, Skipped
 from beit3_ds.data.images.one_view import PairView, build_pair_view
 from beit3_ds.data.samples import SampleKey, Stream
-from beit3_ds.data.sources import ConcatSources, check_no_file_twice, check_no_image_is_missing
+from beit3_ds.data.sources import ConcatSources, check_no_image_is_missing, check_no_sample_twice
 from beit3_ds.tasks.vqa.answers import AnswerVocabulary
 from beit3_ds.tasks.vqa.files import VqaQuestions, read_visual_genome_questions, read_vqa_lines, read_vqav2
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -158,7 +158,7 @@ def open_split(config: RunConfig, split: Split) -> list[VqaQuestions]:
             sources of a validation or test split share a question id.
     """
     sources = getattr(config.data.pairs, split)
-    check_no_file_twice(sources)
+    check_no_sample_twice(sources)
     opened = [open_questions(source) for source in sources]
     if split != "test":
         for questions in opened:

@@ -13,7 +13,7 @@ from beit3_ds.parallel import TensorParallel
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.rank_task import Evaluator, RankShare, RankTask
 from beit3_ds.tasks.task import Headline, Task, Term
-from beit3_ds.tasks.vqa.answer_list import choose_answers, keep_answers, read_stored_answers
+from beit3_ds.tasks.vqa.answer_list import choose_answers, read_stored_answers, write_or_check_answers
 from beit3_ds.tasks.vqa.answers import AnswerVocabulary
 from beit3_ds.tasks.vqa.config import VqaConfig
 from beit3_ds.tasks.vqa.evaluation import AnsweredSplit, answer_split, write_files
@@ -64,7 +64,10 @@ class Vqa(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the binary cross entropy, summed over answers, and the target score of the model's answer."""
+        """Returns the loss term and the metric.
+
+        The loss is the binary cross entropy, summed over answers. The metric is the target score of the model's answer.
+        """
         return (
             Term("answers", "pairs", "questions: answers", unit="binary cross entropy, summed over answers (nats)"),
             Term("soft_accuracy", "pairs", "questions: score of the answer", weight=0.0, unit="share"),
@@ -110,7 +113,7 @@ class Vqa(Task):
         vocabulary = choose_answers(self.settings, training, stored, self.weights_name)
         self._vocabulary = vocabulary
         if share.is_main and training:
-            keep_answers(Path(config.training.output_dir), vocabulary)
+            write_or_check_answers(Path(config.training.output_dir), vocabulary)
 
         def build_streams(split: Split) -> dict[str, Stream]:
             questions = opened[split]

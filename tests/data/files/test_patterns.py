@@ -14,7 +14,7 @@ from beit3_ds.data.images.shards import TarShards
 from beit3_ds.data.prepare.annotations import prepare_annotations
 from beit3_ds.data.prepare.index import prepare_indices
 from beit3_ds.data.prepare.texts import prepare_texts
-from beit3_ds.data.sources import check_no_file_twice, open_images
+from beit3_ds.data.sources import check_no_sample_twice, open_images
 from beit3_ds.data.text.sequences import TextSequences
 from beit3_ds.storage_error import StorageError
 from beit3_ds.tokenizers.text import TextTokenizer
@@ -110,17 +110,17 @@ def test_two_names_of_a_file_are_refused(tmp_path: Path) -> None:
     os.link(tmp_path / "a.txt", tmp_path / "hard.txt")
     for names in (("a.txt", "a.txt"), ("a.txt", "soft.txt"), ("a.txt", "hard.txt"), ("[ah]*.txt",)):
         with pytest.raises(ConfigError, match=r"is listed twice|are the same file"):
-            check_no_file_twice([SourceConfig(path=str(tmp_path / name)) for name in names])
+            check_no_sample_twice([SourceConfig(path=str(tmp_path / name)) for name in names])
 
 
 def test_folders_in_one_another_are_refused(tmp_path: Path) -> None:
     for name in ("a/b", "ab"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "link").symlink_to("a/b")
-    check_no_file_twice([SourceConfig(path=str(tmp_path / name)) for name in ("a", "ab")])
+    check_no_sample_twice([SourceConfig(path=str(tmp_path / name)) for name in ("a", "ab")])
     for name in ("a/b", "link"):  # its images would be trained on twice an epoch
         with pytest.raises(ConfigError, match=r"is inside .*count twice"):
-            check_no_file_twice([SourceConfig(path=str(tmp_path / other)) for other in ("a", name)])
+            check_no_sample_twice([SourceConfig(path=str(tmp_path / other)) for other in ("a", name)])
 
 
 LONG = "\u00e4" + "n" * 230  # bytes of a name: 232 and an extension

@@ -12,7 +12,7 @@ from beit3_ds.data.samples import SampleKey
 from beit3_ds.data.validation_overlap import describe_shared_images
 from beit3_ds.sample_data.write_scenes import write_scenes
 from beit3_ds.tasks.captioning.head import TARGET_IDS
-from beit3_ds.tasks.captioning.packing import NUM_MASKED, NUMBERS, pack
+from beit3_ds.tasks.captioning.packing import INDICES, NUM_MASKED, pack
 from beit3_ds.tasks.captioning.samples import CaptionSamples, build_stream
 from beit3_ds.tokenizers import TextTokenizer
 from tests.run_config import small_run_mapping
@@ -53,7 +53,7 @@ def test_every_caption_is_a_training_sample(scenes: Path, tokenizer_files: dict[
     )  # another epoch, other words
 
     batch = pack(samples[:3], None, {}, config_of("train", **files, split="train").model)
-    assert batch.causal_captions and batch.targets[NUMBERS].tolist() == [0, 1, 2]
+    assert batch.causal_captions and batch.targets[INDICES].tolist() == [0, 1, 2]
     assert batch.targets[NUM_MASKED].sum() == len(batch.targets[TARGET_IDS]) == batch.term_counts[0]
     assert batch.head_rows is not None
     rows = batch.head_rows - batch.num_pairs * batch.image_length

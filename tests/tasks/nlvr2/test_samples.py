@@ -9,7 +9,7 @@ from beit3_ds.config import ConfigError, build_run_config
 from beit3_ds.data.samples import SampleKey
 from beit3_ds.sample_data.write_scenes import write_scenes
 from beit3_ds.tasks.nlvr2.head import LABELS
-from beit3_ds.tasks.nlvr2.samples import NUMBERS, StatementSamples, build_stream, pack
+from beit3_ds.tasks.nlvr2.samples import INDICES, StatementSamples, build_stream, pack
 from beit3_ds.tokenizers import TextTokenizer
 from tests.run_config import small_run_mapping
 
@@ -53,7 +53,7 @@ def test_pairs_are_left_and_right(scenes: Path, tokenizer_files: dict[str, str])
             # catches a mirrored image whose statement speaks of sides, and images in the other order
             torch.testing.assert_close(sample.views[side], expected, atol=0.02, rtol=0)
     batch = pack(samples[:3], None, {}, config.model)
-    assert batch.num_pairs == 6 and batch.targets[NUMBERS].tolist() == [0, 1, 2] and batch.term_counts == (3, 3)
+    assert batch.num_pairs == 6 and batch.targets[INDICES].tolist() == [0, 1, 2] and batch.term_counts == (3, 3)
     assert batch.caption_lengths[::2] == batch.caption_lengths[1::2]
     assert batch.pixels is not None
     torch.testing.assert_close(batch.pixels[3], samples[1].views[1])

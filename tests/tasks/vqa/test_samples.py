@@ -15,7 +15,7 @@ from beit3_ds.data.files.records import BrokenRecordError
 from beit3_ds.data.samples import SampleKey
 from beit3_ds.tasks import RankShare, build_task
 from beit3_ds.tasks.vqa.head import ANSWER_SCORES
-from beit3_ds.tasks.vqa.packing import QUESTION_NUMBERS, pack
+from beit3_ds.tasks.vqa.packing import QUESTION_INDICES, pack
 from beit3_ds.tasks.vqa.task import Vqa, VqaRankTask
 from beit3_ds.tokenizers.text import train_text_tokenizer
 from tests.tasks.fine_tuning import ONE_PROCESS, run_mapping
@@ -80,7 +80,7 @@ def test_samples_have_soft_targets_and_numbers(files: Files) -> None:
     assert sample.view.shape == (3, 32, 32) and sample.number == 0
     (batch,) = opened.evaluation["validation"]
     assert batch.targets[ANSWER_SCORES].tolist() == [[0, 0, 0]]  # an answer out of the list still counts as a question
-    assert batch.term_counts == (1, 1) and batch.targets[QUESTION_NUMBERS].tolist() == [0]
+    assert batch.term_counts == (1, 1) and batch.targets[QUESTION_INDICES].tolist() == [0]
     assert batch.head_rows is not None and batch.head_rows.tolist() == [0]
 
 
