@@ -189,10 +189,10 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
 
 
 def _attention_core(rank_model: RankModel, rows: BlockRows, layer: int) -> int:
-    """Returns the bytes of the saved queries, keys, values and attention output, and of the scores' log-sum-exp.
+    """Returns the bytes of five saved tensors: queries, keys, values, attention output, and the scores' log-sum-exp.
 
-    With relative positions, these four tensors are saved in a wider form. The queries and the attention output are then
-    also saved in their original width.
+    With relative positions, all of these except the log-sum-exp are saved in a wider form. The queries and the
+    attention output are then also saved in their original width.
     """
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size

@@ -48,7 +48,8 @@ def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: froze
         file_errors: error numbers to raise without a retry, because the caller handles them.
 
     Raises:
-        OSError: if the error has no number, as in decompressors, or a number in `file_errors`.
+        OSError: if the error's number is in `file_errors`, or if the error has no number. Errors of decompressors have
+            none.
         StorageError: if the last attempt fails too.
     """
     for pause in (*_PAUSES, None):

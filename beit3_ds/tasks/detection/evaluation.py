@@ -65,11 +65,11 @@ class DetectedSplit:
     """
 
     def __init__(self, batches: EvaluationBatches, results: GatheredResults, settings: DetectionConfig) -> None:
-        """Stores the sources of the images and the gathered detections.
+        """Stores the gathered detections, and the sources of the split's images.
 
         Args:
             batches: samples of the split.
-            results: result of `detect_split`.
+            results: gathered detections, the result of `detect_split`.
             settings: the task's settings.
         """
         self._sources = batches.streams["images"].sources
