@@ -12,11 +12,11 @@ _LONG_NAME = 107  # bytes; file systems allow 255, and a temporary name adds a h
 
 
 def bounded_name(name: str) -> str:
-    """Returns a file name of at most 113 bytes: the same name if it has at most 107 bytes, otherwise a new name.
+    """Returns a file name that leaves room for suffixes such as a host name and `.tmp`; file systems allow 255 bytes.
 
-    The new name is up to 100 bytes of the old name, "~" and 12 characters of a digest of the whole old name. So names
-    with equal beginnings stay different. File systems allow 255 bytes, so suffixes such as a host name and `.tmp` still
-    fit.
+    Returns a name of at most 107 bytes unchanged. Replaces a longer name by up to 100 bytes of its beginning, "~" and
+    12 characters of a digest of the whole name. So long names with equal beginnings stay different. A returned name has
+    at most 113 bytes.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= _LONG_NAME:

@@ -50,8 +50,8 @@ class PackedBatch(RowLayout):
     token_ids: Tensor
     """Token ids of all captions and then of all texts, (tokens,) int64."""
     image_grids: Grids = ()
-    """Numbers of patch rows and patch columns of each image, for a model with `model.dense`. Images may then have any
-    size. They have no CLS row, and the batch has no pairs or texts. Empty if all images have the model's image size."""
+    """Numbers of patch rows and patch columns of each image, for a model with `model.dense`; empty for other models.
+    Images with grids may have any size and have no CLS row. A batch with grids has no pairs or texts."""
     colors: Tensor | None = None
     """Parameters of three colour changes to apply to each uint8 image (`pixels.change_colors`), (images, 3, 3) float32;
     None for no changes."""
@@ -77,8 +77,9 @@ class PackedBatch(RowLayout):
     sample_names: tuple[str, ...] = ()
     """Name of each sequence's sample, for logs and messages; empty if samples have no names."""
     sources: dict[str, int] = field(default_factory=dict)
-    """Data source of the samples, as an index into the configured sources, by kind of sample ("images", "pairs" or
-    "texts"). Empty if the samples of a kind may come from several sources."""
+    """Maps each kind of sample in a validation batch ("images", "pairs" or "texts") to the index of its source in the
+    config. All samples of a kind come from this source. Empty in other batches, where the samples of a kind may come
+    from several sources."""
 
     def __post_init__(self) -> None:
         num_pixels = self.num_images + self.num_pairs
@@ -146,7 +147,7 @@ class PackedBatch(RowLayout):
 
     @cached_property
     def dropped_rows(self) -> list[list[int]]:
-        """Returns two numbers per block: the rows that stochastic depth drops in attention, and in the FFN."""
+        """Returns two row counts per block: the rows dropped by stochastic depth in attention, and in the FFN."""
         lengths = [sum(stop - start for start, stop in ranges) for ranges in self.sequence_ranges]
         lengths_Q = torch.tensor(lengths, dtype=torch.int64)
         rows: list[list[int]] = torch.where(self._keeps, 0, lengths_Q[:, None, None]).sum(0).tolist()

@@ -20,7 +20,7 @@ def count_cores() -> int:
 
 
 def describe_cores() -> dict[str, Any]:
-    """Returns the ids of the CPU cores that this rank may use, and its CPU quota, as JSON for other ranks."""
+    """Returns the ids of the CPU cores that this rank may use, and its CPU quota, as a JSON-serializable dict."""
     return {"affinity": sorted(os.sched_getaffinity(0)), "quota": cpu_quota()}
 
 

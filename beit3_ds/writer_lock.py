@@ -100,8 +100,8 @@ class WriterLock:
         """Takes the lock.
 
         Raises:
-            ConfigError: if a living process holds the lock (the message names host and process), or the lock file
-                cannot be used.
+            ConfigError: if the lock file cannot be used, or if the holder shows signs of life and is not stopping. In
+                the second case, the message names the holder's host and process.
             StorageError: if a holder that is stopping or shows no sign of life keeps the lock for `WAIT_SECONDS`.
             WaitStoppedError: if a stop signal ends the wait for such a holder.
         """

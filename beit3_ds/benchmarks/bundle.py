@@ -123,7 +123,7 @@ def download(requirements: Sequence[str], folder: Path) -> None:
 
 
 def fill_triton_cache(tree: Path, cache: Path, architecture: int, filled: Path | None = None) -> None:
-    """Fills a Triton cache with the compiled kernels that `beit3 certify` uses, by a dry run in a source tree.
+    """Fills a Triton cache with compiled kernels. For this, runs `beit3 certify --dry-run` in a source tree.
 
     Only the files that a GPU needs to run the kernels are stored.
 

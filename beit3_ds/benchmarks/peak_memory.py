@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def peak_bytes() -> int:
-    """Returns this process's peak resident memory in bytes, including mapped files, since the start or `reset_peak`."""
+    """Returns this process's peak resident memory in bytes, since its start or the last `reset_peak`.
+
+    Mapped files are included.
+    """
     return status_bytes("self", "VmHWM")
 
 

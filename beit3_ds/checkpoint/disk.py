@@ -93,7 +93,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file or folder, and syncs the parent folder; replaces a file at `target`.
+    """Renames a file or folder to `target`, and syncs the parent folder of `target`.
+
+    A renamed file replaces a file at `target`.
 
     Raises:
         OSError: if renaming fails, for example because `target` is a non-empty folder.

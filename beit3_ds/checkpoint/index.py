@@ -54,8 +54,8 @@ AVERAGE = "average"
 FILE_KINDS = {"weights": (WEIGHT,), "moments": MOMENTS, "averages": (AVERAGE,)}
 """Maps each kind of file to the kinds of values in the file. The name of a file starts with its kind."""
 BEST = "best"
-"""Key of the best evaluation so far in `Index.data`; a save does not delete the checkpoint of that evaluation's step.
-"""
+"""Key under which `Index.data` stores the best evaluation so far. A save does not delete the best evaluation's
+checkpoint."""
 BUFFERS = "buffers"
 """First part of the names of buffer files, and key of the buffers in the index."""
 
@@ -206,7 +206,7 @@ def _parse_run(content: Mapping[str, Any]) -> RunDescription:
 
 
 def _parse_data(data: Any) -> dict[str, Any]:
-    """Checks the best evaluation in `data` and returns `data`. The code that reads another key checks that key."""
+    """Checks the best evaluation in `data` and returns `data`. Code that reads other keys must check their values."""
     data = check_object(data)
     if BEST in data:
         best = check_object(data[BEST])
@@ -251,7 +251,7 @@ def file_name(kind: str, rank: int) -> str:
     """Returns the name of a rank's file, such as `weights-00003.safetensors`.
 
     Args:
-        kind: kind of file: a key of `FILE_KINDS`, or `BUFFERS`.
+        kind: kind of file, either `BUFFERS` or a key of `FILE_KINDS`.
         rank: the rank that writes the file.
     """
     return f"{kind}-{rank:05d}.safetensors"

@@ -1,8 +1,8 @@
-"""Defines slices of tensors, which are treated as matrices.
+"""Defines slices of tensors; each tensor is treated as a matrix.
 
 The first dimension of a tensor becomes the rows, and the other dimensions become the columns. A vector becomes one
 column. Under tensor parallelism, a rank holds a block of rows or columns. Under ZeRO, a rank owns a range of the
-block's elements, which consists of at most three slices.
+block's elements. This range consists of at most three slices.
 """
 
 from collections.abc import Iterator

@@ -61,7 +61,8 @@ def plan_prefetch(
 def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both", *, pairs_per_sample: int = 1) -> int:
     """Returns the modelled size, in bytes, of one prepared step of data-parallel rank 0.
 
-    Does not count the label maps and masks of dense tasks, which take a tenth of the pixels or less.
+    Does not count the label maps and masks of dense tasks. They usually take less than a tenth as many bytes as the
+    pixels.
 
     Args:
         config: the run's configuration.

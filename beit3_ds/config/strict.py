@@ -153,7 +153,7 @@ def _check_mark(mark: Any, value: Any, where: str) -> Any:
 
 
 def _remedy(hint: Any, value: Any) -> str:
-    """Returns a hint on how to correct a value of the wrong type, or an empty string if the intention is unclear."""
+    """Returns advice on how to correct a value of the wrong type; empty if the user's intention is unclear."""
     if hint is int and isinstance(value, float) and value.is_integer():
         return f" Write {int(value)}."
     if hint is str and isinstance(value, int | float):

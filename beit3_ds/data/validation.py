@@ -105,11 +105,12 @@ def build_validation_batches(
 ) -> ValidationBatches:
     """Builds this rank's share of the batches for the validation loss.
 
-    The batches of all ranks together contain at most `TrainingConfig.loss_samples` validation samples per stream. The
-    samples (`choose_samples`), center crops and masks depend only on `training.validation_seed`, not on the layout of
-    ranks. All samples of a stream in one batch come from one source. Per stream, a batch has at most as many samples as
-    a micro-batch can have. A stream without training samples uses the largest such number of any stream. Every rank has
-    the same number of batches; some batches may be smaller or empty. Streams without validation files are omitted.
+    The batches of all ranks together contain at most `TrainingConfig.loss_samples` validation samples per stream.
+    `training.validation_seed` selects the samples (`choose_samples`) and their masks. The layout of ranks does not
+    change them. All crops are center crops. All samples of a stream in one batch come from one source. Per stream, a
+    batch has at most as many samples as the largest training micro-batch has. If a stream has no training samples, its
+    limit is the largest limit of the other streams. Every rank has the same number of batches; some batches may be
+    smaller or empty. Streams without validation files are omitted.
 
     Args:
         config: the run's configuration.
@@ -154,7 +155,7 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
         stream: name of the stream: "images", "pairs" or "texts".
 
     Returns:
-        For each source, the indices in the stream of the chosen samples, ascending.
+        One list per source, which contains the chosen samples' indices in the stream, ascending.
     """
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     chosen: list[list[int]] = []

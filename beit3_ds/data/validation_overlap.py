@@ -93,10 +93,11 @@ def _image_files(sources: Iterable[object]) -> Iterator[str]:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int, str], str]]:
-    """Yields an identity and the path of each file of the sources; does not include images that annotation files name.
+    """Yields an identity and the path of each file or folder of the sources; does not include images that annotation
+    files name.
 
-    The identity is (device, inode, `SourceConfig.split`), because two sources may read different parts of one
-    annotation file.
+    The identity is (device, inode, `SourceConfig.split`). It contains the split, because two sources may read different
+    parts of one annotation file.
     """
     for source in sources:
         paths = [source.path]

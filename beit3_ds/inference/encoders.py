@@ -1,4 +1,8 @@
-"""Encodes images, texts and pairs into features (the paper's figure 3, except the dual encoder)."""
+"""Encodes images, texts and image-text pairs into features.
+
+The classes are the vision encoder, the language encoder and the fusion encoder of the paper's figure 3. The module
+`dual_encoder` contains the dual encoder.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -88,7 +88,9 @@ class MultiwayAttention(nn.Module):
         return x_TD.view(num_rows, width // self.head_size, self.head_size)
 
     def within(self, layout: SequenceLayout) -> Attend:
-        """Returns a function that computes attention within each sequence of `layout`, or within windows of images."""
+        """Returns a function that computes attention within each sequence of `layout`, or within each image window if
+        this block has windows.
+        """
         attend = partial(
             packed_attention,
             ranges=layout.attention_ranges(self.window_size),

@@ -35,9 +35,10 @@ class Embeddings(nn.Module):
     pair's image and caption each start at 0. BOS serves as a text's CLS token. There is no token-type embedding,
     because experts already distinguish the modalities.
 
-    The word embedding is split over the tensor-parallel group, and the forward pass all-reduces the embeddings of all
-    text tokens. Each rank embeds all rows. With sequence parallelism, a rank then keeps only a part of the rows
-    (`TensorParallel.scatter_rows`). Parameters are built only for the modalities of `ModelConfig.inputs`.
+    The vocabulary of the word embedding is split over the tensor-parallel group, and the forward pass all-reduces the
+    embeddings of all text tokens. Each rank embeds the whole micro-batch. With sequence parallelism, a rank then keeps
+    only its part of the rows (`TensorParallel.scatter_rows`). Parameters are built only for the modalities of
+    `ModelConfig.inputs`.
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:

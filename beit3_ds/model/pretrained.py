@@ -155,13 +155,13 @@ def weights_metadata(model: ModelConfig, step: int, task: Mapping[str, Any] | No
 
 
 def parse_task(value: Any) -> dict[str, Any] | None:
-    """Checks and returns the task in a file's header, or returns None if the header names no task.
+    """Checks and returns the task in a file's header, or returns None if the header has no task.
 
     Args:
-        value: JSON value of the header's task.
+        value: JSON value of the header's task; None if the header has no task.
 
     Raises:
-        TypeError: if the value is not a JSON object with a name.
+        TypeError: if the value is neither None nor a JSON object with a name.
     """
     if value is not None and not (isinstance(value, dict) and isinstance(value.get("name"), str)):
         raise TypeError(f"the task {str(value)[:80]!r} has no name")

@@ -125,8 +125,9 @@ class TensorParallel:
     def gather_from(self, x: Tensor, num_rows: int) -> Tensor:
         """Gathers all rows of the residual stream for tensor-parallel layers. The backward pass sums the gradients.
 
-        With sequence parallelism, the forward pass all-gathers and the backward pass reduce-scatters all rows,
-        including padding. Without sequence parallelism, calls `copy_to`.
+        With sequence parallelism, the forward pass all-gathers the ranks' rows and their padding, and returns the
+        `num_rows` rows without padding. The backward pass pads the gradients again and reduce-scatters them. Without
+        sequence parallelism, calls `copy_to`.
         """
         return _GatherFrom.apply(x, self, num_rows) if self.divides_rows else self.copy_to(x)
 
@@ -243,7 +244,7 @@ def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> t
 
 
 def own_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """Returns a view of this rank's part of the whole tensor `whole`, without padding.
+    """Returns this rank's part of the tensor `whole`, as a view without padding.
 
     Args:
         parameter: parameter that defines the split.

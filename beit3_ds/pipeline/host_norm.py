@@ -24,7 +24,7 @@ def keep_norm_on_host(engine: DeepSpeedEngine) -> None:
     """Makes the engine's optimizer read the gradient norm from the device once per step, and keep it on the host.
 
     Call this function after `deepspeed_compat.adapt_engine`, which replaces ZeRO-3's norm. Has no effect in float32
-    without ZeRO, where `training.engine.apply_update` computes the norm. Some of the replaced functions belong to
+    without ZeRO, where `training.engine.apply_update` computes the norm. This function replaces some functions of
     DeepSpeed's modules, so the change affects the whole process.
     """
     optimizer = engine.optimizer

@@ -1,7 +1,8 @@
 """Makes ZeRO-3 take less time on the host, with the same results. The GPU waits for the host in small models.
 
-DeepSpeed's hooks work parameter by parameter. The functions here replace those that take longest, and do the same for
-many parameters at once. DeepSpeed features that `config.zero_keys` does not allow, such as ZenFlow, are left out.
+DeepSpeed's hooks work parameter by parameter. This module replaces the slowest functions that the hooks call. Several
+replacements process many parameters at once. The replacements do not support the DeepSpeed features that
+`config.zero_keys` forbids, such as ZenFlow.
 """
 
 import functools

@@ -1,4 +1,7 @@
-"""Models the cost of a parallel layout from tensor shapes: traffic per step, and memory of ranks and nodes."""
+"""Models the cost of a parallel layout: traffic per step, and memory of ranks and nodes.
+
+The planner computes these costs from tensor shapes.
+"""
 
 from beit3_ds.planner.host import HostRequirements, NodeSize, check_node, describe_host, host_requirements
 from beit3_ds.planner.memory import Memory, rank_memory

@@ -189,7 +189,9 @@ def _node_requirements(
 
 
 def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan, pairs_per_sample: int) -> int:
-    """Returns the modelled bytes of one rank's data workers. Each holds libraries, one step and one micro-batch."""
+    """Returns the modelled bytes of one rank's data workers. Each worker holds libraries, one packed step, and the
+    samples of one micro-batch before packing.
+    """
     both = step_bytes(config, data_parallel_size, "both", pairs_per_sample=pairs_per_sample)
     return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
 

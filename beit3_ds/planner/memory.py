@@ -174,7 +174,7 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
 
 
 def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
-    """Returns the bytes that the norms and stochastic-depth factors of attention or FFN keep for the backward pass."""
+    """Returns the bytes saved for the norms and stochastic-depth factors of one branch: attention or FFN."""
     model, size, ranks = rank_model.config.model, rank_model.element_size, rank_model.tensor.size
     own = _own_rows(rank_model, rows)
     kept = own * (model.hidden_size * rank_model.stream_size + 2 * _STATISTIC + rank_model.stream_size * drops)

@@ -35,7 +35,7 @@ class Workload(NamedTuple):
     images: int
     """Number of images (B), including images of pairs."""
     masked_patches: int
-    """Number of masked patches, which is the number of rows of the MIM head."""
+    """Number of masked patches. Each masked patch is one input row of the MIM head."""
     masked_tokens: int
     """Number of masked text tokens, which is the number of rows of the MLM head."""
     drops: bool

@@ -24,8 +24,8 @@ class RetryingFile:
             path: path of the file; missing folders are created.
             report: function that takes one line of text. It is called when writing fails, and when writing succeeds
                 again.
-            has_lines: whether the file consists of lines. A last line without a newline, as after a kill, is then ended
-                before new lines are appended.
+            has_lines: whether the file consists of lines. With True, an append first adds a newline if the last line
+                has none, as after a kill.
         """
         self.path, self._report, self._has_lines = path, report, has_lines
         self._missing = b""

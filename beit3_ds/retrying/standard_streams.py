@@ -34,10 +34,10 @@ class StandardStreams(NamedTuple):
 
 
 def keep_standard_streams(*, reports_closed_pipe: bool = False) -> StandardStreams:
-    """Replaces `sys.stdout` and `sys.stderr` for the rest of the process, also in existing log handlers.
+    """Replaces `sys.stdout` and `sys.stderr` by streams that do not end the program when a write fails.
 
-    If a stream cannot be written, as on a full disk, this is reported once on the other stream. A second call replaces
-    nothing.
+    The new streams stay for the rest of the process, and existing log handlers use them too. If a stream cannot be
+    written, as on a full disk, one warning appears on the other stream. A second call replaces nothing.
 
     Args:
         reports_closed_pipe: whether to report a pipe whose reader has ended. Programs like `head` end early on purpose.

@@ -105,8 +105,9 @@ class RetryingStream(io.RawIOBase):
         return error is None
 
     def finish(self) -> None:
-        """Tries a last time to write all unwritten bytes. While a non-blocking pipe is full, waits for its reader, each
-        time up to five seconds.
+        """Tries a last time to write all unwritten bytes.
+
+        While a non-blocking pipe is full, waits for its reader. Gives up when the pipe stays full for five seconds.
         """
         if not self.retry() and isinstance(self._error, BlockingIOError):
             with contextlib.suppress(OSError, ValueError):

@@ -35,8 +35,8 @@ class StoppedBySignal(KeyboardInterrupt):
 def ending_on_signals(end: Callable[[int], None] = os._exit) -> Iterator[None]:
     """Raises `StoppedBySignal` in the block when the first stop signal arrives; does nothing outside the main thread.
 
-    Python raises the exception after the current library call returns. If the block still runs `STOP_SECONDS` later,
-    the process is ended. Later signals have no effect.
+    Python raises the exception after the current library call returns. If the block still runs `STOP_SECONDS` after the
+    signal, the process is ended. Later signals have no effect.
 
     Args:
         end: function that ends this process at once with an exit status, even if the main thread is blocked in a call.

@@ -131,7 +131,8 @@ def _join(parallel: ParallelConfig, launch: Launch, backend: str, store: dist.St
 def _is_lost_contact(error: Exception) -> bool:
     """Returns whether an error means that a collective failed because of another rank.
 
-    gloo has no error type of its own. It raises RuntimeError.
+    This holds for torch's `DistError`, and for a RuntimeError whose message contains "gloo" or "NCCL". gloo has no
+    error type of its own.
     """
     return isinstance(error, RuntimeError) and (
         isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))

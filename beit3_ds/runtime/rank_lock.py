@@ -17,8 +17,8 @@ def locked_by_rank_0(path: Path, target: str, way_out: str, signals: StopSignals
     """Holds a `WriterLock` on rank 0 during the block. If rank 0 cannot get the lock, the launcher ends all ranks.
 
     Yields:
-        A function that returns, on rank 0, the monotonic time when another process was last seen waiting for the lock;
-        -inf if never.
+        On rank 0, a function that returns the monotonic time when another process was last seen waiting for the lock;
+        -inf if never. On other ranks, a function that always returns -inf.
 
     Args:
         path: file of the lock.

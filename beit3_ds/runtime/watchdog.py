@@ -61,11 +61,12 @@ class Watchdog:
         signals: StopSignals | None = None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        """Starts the two threads; all ranks must call this constructor.
+        """Starts this rank's two watchdog threads; all ranks must call this constructor.
 
         Args:
             parallel: config with the timeouts.
-            mesh: mesh of the initialised process group. It provides this rank's activity, and describes all ranks.
+            mesh: mesh of the initialised process group. `mesh.activity` holds the current step and phase of this rank;
+                `mesh.describe` names ranks in messages.
             store: separate connection to the store where ranks meet, with a timeout of `STORE_SECONDS`.
             signals: stop signals of this process, which are forwarded to all ranks.
             end: ends this process at once, even if the main thread is blocked in a collective.

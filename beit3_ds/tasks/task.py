@@ -97,7 +97,8 @@ class Task(ABC):
     pairs_per_sample: ClassVar[int] = 1
     """Number of image-text pairs per sample of `data.pairs`, for estimates of memory and traffic."""
     causal_captions: ClassVar[bool] = False
-    """Whether each word of a caption attends only to the words before it (`PackedBatch.causal_captions`)."""
+    """Whether each word of a caption attends only to the image, to earlier words and to itself
+    (`PackedBatch.causal_captions`)."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
     """Formats that the task accepts for sources of each kind: "images", "pairs" and "texts". A kind without an entry
     accepts no sources. A source of images or pairs may omit its format if the entry contains one of `IMAGE_FORMATS`. An

@@ -41,8 +41,8 @@ class WordBorders(NamedTuple):
     True for BOS, padding and EOS.
 
     In a SentencePiece model that writes white space after words (`dog▁`), also True for pieces that end with white
-    space, and False for all other pieces. In a model that writes white space before words (`▁dog`), False for all
-    pieces; `starts` then tells where words start.
+    space, and False for all other ids. In a model that writes white space before words (`▁dog`), True only for BOS,
+    padding and EOS; `starts` then tells where words start.
     """
 
     def mark_word_starts(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:

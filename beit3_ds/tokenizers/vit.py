@@ -72,7 +72,10 @@ class Mlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Transformer block with pre-norm attention and MLP, each with a residual, on tokens, (images, tokens, width)."""
+    """Transformer block with pre-norm attention and MLP, each with a residual connection.
+
+    Input and output are (images, tokens, width).
+    """
 
     def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
         super().__init__()

@@ -94,7 +94,11 @@ def describe_dry_run(
 
 
 def _describe_shares(shares: StepShares) -> str:
-    """Describes the sizes of micro-batches. If ranks have unequal shares, also gives samples and idle time."""
+    """Describes the sizes of micro-batches as text.
+
+    If the sizes differ, the text also contains the number of samples per rank, and the percentage of time that ranks
+    wait for the rank with the most samples.
+    """
     per_rank = {shares.rank_samples(rank) for rank in range(shares.num_ranks)}
     sizes = [size for samples in per_rank for size in shares.divide_rank(samples)]
     counts = zip(SampleCounts._fields, zip(*sizes, strict=True), strict=True)

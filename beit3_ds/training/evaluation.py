@@ -132,6 +132,6 @@ def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) 
 
 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
-    """Returns totals over all data-parallel ranks, (2, ...): the last stage's sums, then the counts."""
+    """Returns totals over all data-parallel ranks, (2, ...): first of the last stage's `sums`, then of `counts`."""
     sums = mesh.pipeline.host.broadcast(sums, src=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))

@@ -25,7 +25,7 @@ class LossSpikes:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def find(self, losses: list[tuple[int, float]]) -> list[dict[str, Any]]:
-        """Finds spikes among the losses of the next steps.
+        """Finds spikes among the losses of the steps since the last call.
 
         Args:
             losses: pairs of step (from 1) and finite loss, in order.

@@ -85,7 +85,9 @@ class Progress:
 
     @property
     def has_updates(self) -> bool:
-        """Returns whether the interval has a step that was not skipped, so that there is a loss to report."""
+        """Returns whether at least one step since the last progress line was not skipped, so that there is a loss to
+        report.
+        """
         return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:
@@ -112,9 +114,9 @@ class Progress:
                 interval.counts = interval.counts + torch.tensor(batch.term_counts, dtype=torch.float64)
 
     def losses(self) -> list[tuple[int, float]]:
-        """Returns (step, loss) for each step that was not skipped. All ranks must call this method.
+        """Returns (step, loss) for each step since the last progress line, without skipped steps.
 
-        The ranks sum one number per step.
+        All ranks must call this method. The ranks sum one number per step.
         """
         losses = torch.stack([update.loss for _, update in self.interval.updates]).double().cpu()
         steps = [step for step, _ in self.interval.updates]

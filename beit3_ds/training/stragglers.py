@@ -62,17 +62,18 @@ class Stragglers:
         """Compares the ranks' "data" times, and their "work" times, since the last report. All ranks must call this
         method. The ranks sum a host tensor with 2 numbers per rank.
 
-        A rank is a straggler if one of its times exceeds the median of its stage by more than 50 % and by more than 5 %
-        of the step time.
+        Each time is compared with its median over the ranks of the same pipeline stage. A rank is a straggler if one of
+        its times exceeds the median by more than 50 % and by more than 5 % of the step time.
 
         Args:
             steps: number of steps since the last report.
             step_seconds: mean seconds per step.
 
         Returns:
-            Values for metrics.jsonl, and lines that name the stragglers, at most four for "data" and four for "work".
-            There are three values for "data" and three for "work": the rank that exceeds its stage's median most, that
-            rank's seconds per step, and the median.
+            Values for metrics.jsonl, and lines about the stragglers. At most four lines for "data", and at most four
+            for "work", name a straggler. If a time has more than four stragglers, a fifth line gives the number of the
+            others. There are three values for "data" and three for "work": the rank whose time exceeds the median of
+            its stage by the most seconds, that rank's seconds per step, and the median.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])

@@ -300,7 +300,7 @@ def _write_shards(folder: Path, planned: Sequence[PlannedTensor], max_bytes: int
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:
-    """Renames the finished file or folder to `out`, and deletes the old export at `out`."""
+    """Renames the finished file or folder to `out`; replaces an old export there."""
     old = temporary.with_name(f"{temporary.name}.old")
     if out.is_dir() or (out.exists() and temporary.is_dir()):
         rename(out, old)

@@ -54,7 +54,10 @@ def describe_weights(path: Path, *, every_tensor: bool = False) -> str:
 
 
 def describe_task(task: Mapping[str, Any]) -> str:
-    """Describes a task's name and settings, such as "vqa (num_answers 3129)"; shows only the length of a list."""
+    """Describes a task's name and settings, such as "vqa (num_answers 3129)".
+
+    A list or a dict is replaced by its length.
+    """
     settings = [
         f"{key} {f'of {len(value)}' if isinstance(value, list | dict) else value}"
         for key, value in task.items()

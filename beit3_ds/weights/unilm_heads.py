@@ -24,8 +24,8 @@ This project's parameter `LOG_SCALE` is this logarithm minus the logarithm's ini
 LOG_SCALE = "heads.temperature.bias"
 """Name of this project's temperature parameter."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
-"""Names of head tensors that an import also keeps unconverted, so that an export is bitwise equal to the original file.
-"""
+"""Names under which an import stores unchanged copies of head tensors that it converts. The copies make an export
+bitwise equal to the original file."""
 
 HeadBuilder = Callable[[ModelConfig, Any], Head]
 """Function that builds a head from the model's config and the tensor-parallel group."""
@@ -64,7 +64,7 @@ def head_keys(held: Collection[str]) -> dict[str, str]:
     The MIM and MLM heads are not included.
 
     Args:
-        held: names of all tensors in the weights. Unilm's names and this project's names give the same result.
+        held: names of all tensors in the weights, either unilm's names or this project's names.
     """
     names = set(held)
     return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})

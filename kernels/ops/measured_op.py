@@ -33,8 +33,8 @@ _ORDER: Mapping[Backend, tuple[Name, ...]] = {
     "library": ("varlen", "library"),
     "cuda": ("cuda", "triton", "library"),
 }
-"""Implementations that each backend may use, in order of preference. With `auto`, an operator uses the fastest; with
-other backends, the first that supports the arguments."""
+"""Implementations that each backend may use. The backend `auto` uses the fastest implementation that supports the
+arguments. Every other backend uses the first listed implementation that supports the arguments."""
 
 
 class Choices:

@@ -1,10 +1,10 @@
 """Computes the end of an attention or FFN branch in one op: GELU, sub-LN, linear layer, bias, drop path, residual.
 
-The FFN uses the op with GELU, and attention uses the op without GELU. The op saves its input and, on a GPU or if
-tensor-parallel ranks divide the columns of a row, the sub-LN's statistics. It recomputes the other activations in the
-backward pass. On a CPU, GELU and norm process chunks of rows that fit into the cache. On a GPU, one pass computes GELU
-and norm (`activation_norm`), and the kernels in `triton/multiway_ffn.py` add bias and residual while the product is in
-registers.
+The FFN uses the op with GELU, and attention uses the op without GELU. The op saves its input. It also saves the
+sub-LN's statistics on a GPU, or if tensor-parallel ranks divide the columns of a row. It recomputes the other
+activations in the backward pass. On a CPU, GELU and norm process chunks of rows that fit into the cache. On a GPU, one
+pass computes GELU and norm (`activation_norm`), and the kernels in `triton/multiway_ffn.py` add bias and residual while
+the product is in registers.
 """
 
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.

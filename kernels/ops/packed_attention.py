@@ -70,9 +70,9 @@ def packed_attention(
     Args:
         q_THK: queries; k_THK and v_THK have the same shape and dtype.
         ranges: row ranges of each sequence. Each row is in exactly one range.
-        causal_captions: whether to mask sequences with two ranges for captioning. The first range is an image, and the
-            second range is a caption. Rows of the image then see only the image. Rows of the caption see the image, and
-            the caption up to their own position. Sequences with one range stay bidirectional.
+        causal_captions: whether to apply the captioning mask to sequences with two ranges. The first range is an image,
+            and the second range is a caption. With the mask, rows of the image see only the image. Rows of the caption
+            see the image, and the caption up to their own position. Sequences with one range stay bidirectional.
 
     Returns:
         y_THK, the attention output of each row and head, in q's dtype.
@@ -224,7 +224,10 @@ def _tiling(q_THK: Tensor) -> "AttentionTiling":
 
 
 class PackedAttention(torch.autograd.Function):
-    """Computes packed attention tile by tile, with this project's kernels on a GPU."""
+    """Computes packed attention with this project's kernels, tile by tile.
+
+    On a CPU, runs plain PyTorch, sequence by sequence. Only checks run it on a CPU.
+    """
 
     @staticmethod
     def forward(

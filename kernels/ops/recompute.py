@@ -25,7 +25,8 @@ class RecomputeFunction:
         self._num_users += 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the rows (T, D). The first layer's call computes the rows, and the last layer's call releases them.
+        """Returns the rows (T, D). In a backward pass, the first call computes the rows, and the last call releases
+        them.
 
         Args:
             tensors: arguments of the function, which autograd saved (`Recomputable.tensors`).

@@ -26,7 +26,7 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
-    """Writes new rows into the residual stream, at the row numbers from which `take_rows` copied rows.
+    """Returns a copy of the residual stream, with new rows in place of the rows that `take_rows` copied.
 
     Every `take_rows` needs a `put_rows`. The backward pass of `put_rows` returns the whole output gradient as the
     gradient of `stream_TD`, without clearing the rows `rows_K`. The backward pass of `take_rows` then overwrites these
@@ -39,7 +39,7 @@ def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
         rows_K: row numbers that were passed to `take_rows`.
 
     Returns:
-        A new residual stream (T, D).
+        A new residual stream (T, D); `stream_TD` is unchanged.
     """
     y_TD: Tensor = _PutRows.apply(stream_TD, y_KD, rows_K)
     return y_TD

@@ -105,7 +105,9 @@ def deal_rows(stops: Sequence[int], most_programs: int) -> RowPrograms:
 
 
 class RowLaunch(NamedTuple):
-    """Holds a prepared launch of a row-streaming kernel, for tensors of the same dtypes and sizes."""
+    """Holds a prepared launch of a row-streaming kernel. Every call of `run` must pass tensors of the same dtypes and
+    sizes as the first call.
+    """
 
     programs: RowPrograms
     """Division of the rows among Triton programs."""

@@ -43,12 +43,12 @@ class AttentionTiling(NamedTuple):
 
 @lru_cache
 def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> AttentionTiling:
-    """Returns the tile sizes and compile settings of the three attention kernels.
+    """Returns one tile size for the three attention kernels, and the compile settings of each kernel.
 
-    The three kernels share one tile size. `candidate_tilings` lists the tile sizes, each with one or more compile
-    settings per kernel. This function chooses the first tile size with which every kernel has settings that spill no
-    registers. Each kernel gets the first of its settings that spill none. If no tile size qualifies, the last candidate
-    is returned. budgets.json records which settings spill registers with the installed version of Triton.
+    `candidate_tilings` lists the possible tile sizes. For each tile size, it lists one or more compile settings per
+    kernel. This function chooses the first tile size with which every kernel has settings that spill no registers. Each
+    kernel gets the first of these settings. If no tile size qualifies, the last candidate is returned. budgets.json
+    records which settings spill registers with the installed version of Triton.
 
     Args:
         architecture: GPU architecture: 80, 90 or 100. For other GPUs with at least 99 KB of shared memory per thread

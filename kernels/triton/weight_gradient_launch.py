@@ -130,7 +130,7 @@ def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) 
 
     The rows of each expert are divided into shares. A Triton program computes one tile of a weight gradient from the
     rows of one share. In the model, programs run in waves, one program per multiprocessor. A wave takes time in
-    proportion to the rows of a share. Each program adds a fixed time for its partial sums.
+    proportion to the rows of a share. Each program also adds a fixed time to the launch, for its partial sums.
 
     Args:
         lengths: number of rows of each expert.

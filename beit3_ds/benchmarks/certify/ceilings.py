@@ -20,7 +20,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def measure(recorder: Recorder) -> None:
-    """Measures the highest rate of matrix products for each dtype, and of copies; records each rate."""
+    """Measures the highest rate of matrix products in each dtype and the highest rate of copies; records all."""
     device = device_of_turns()
     clock = Clock(device)
     for dtype in _DTYPES:

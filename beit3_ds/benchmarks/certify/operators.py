@@ -101,14 +101,15 @@ def _rebuild(clock: Clock, build: Callable[[], Case], name: str) -> dict[str, An
 
 
 def _measure(clock: Clock, case: Case, entry: Implementation, backend: Backend | None) -> dict[str, Any]:
-    """Times the forward and backward pass of one implementation, and compares the result with this project's op.
+    """Times the forward and backward pass of one implementation, and compares its output with a reference.
+
+    The reference is the output of this project's op with the backend `library`.
 
     Args:
         clock: clock that times the passes.
         case: the op and its sizes.
         entry: the implementation to time.
-        backend: backend of this project's op while `entry` is timed. The op with which the result is compared always
-            uses the backend `library`.
+        backend: backend of this project's ops while `entry` runs; None leaves the backend unchanged.
     """
     if entry.build is None:
         return {"not_run": entry.why_absent}

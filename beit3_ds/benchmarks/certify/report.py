@@ -43,7 +43,10 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
 
 
 def _describe(section: Section, lines: Sequence[Line]) -> dict[str, Any]:
-    """Returns the status and time of one section, and the latest result of each of its measurements (items)."""
+    """Returns the status, total time and measurements of one section.
+
+    The key `items` maps the name of each measurement to its latest result.
+    """
     own = [line for line in lines if line.get("section") == section.name]
     ends = [line for line in own if "seconds" in line and "status" in line]
     items: dict[str, dict[str, Any]] = {}

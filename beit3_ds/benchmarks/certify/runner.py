@@ -169,7 +169,11 @@ def _run_once(section: Section, results: ResultsFile, call: int, seconds: float,
 
 
 def _own_status(section: Section, results: ResultsFile, call: int) -> str:
-    """Returns the recorded status if the section lacked a package or a GPU, otherwise "done"."""
+    """Returns the status of a section whose process ended without an error.
+
+    If the section recorded in call number `call` that it lacked a package or a GPU, returns the recorded status.
+    Otherwise, returns "done".
+    """
     for line in reversed(list(results.read())):
         if line.get("section") == section.name and line.get("call") == call and "status" in line:
             status: str = line["status"]

@@ -64,7 +64,7 @@ class Model(NamedTuple):
 def models(device: torch.device) -> tuple[Model, ...]:
     """Returns the models to time: on a GPU, base and 8 of giant's 40 layers; on a CPU, 2 layers of tiny.
 
-    A dry run builds only 2 layers of base and 2 layers of giant.
+    A dry run emulates a GPU on a CPU. It gets 2 layers of base and 2 layers of giant.
     """
     if kind_of(device) == "dry":
         base = Model("base", "base", 2, 1, has_small_vocabularies=True)
@@ -229,7 +229,11 @@ def _measure(
 
 
 def _time(step: Step, number: int, device: torch.device) -> tuple[float, float]:
-    """Returns two times per step in milliseconds: the whole time, and Python's time to launch the kernels."""
+    """Measures the mean time of a step over `number` runs.
+
+    Returns:
+        The whole time of a step, and Python's time to launch the step's kernels, both in milliseconds.
+    """
     if kind_of(device) != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()

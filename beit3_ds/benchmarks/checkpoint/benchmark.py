@@ -32,10 +32,11 @@ def benchmark_checkpoint(
 ) -> str:
     """Measures saving, loading and exporting with this project and with DeepSpeed in turn, and returns a report.
 
-    The ranks hold a bfloat16 training state under ZeRO-3, but no step is trained. Before each operation, earlier writes
-    are flushed to the disk, and freed memory is returned to the system. Loading starts with the files outside the page
-    cache, and exporting with the files in the page cache. Peak memory is the sum of VmHWM over ranks, including torch.
-    In the summary, "states" means the bfloat16 parameters, float32 weights and moments of all ranks.
+    The ranks hold the state of a bfloat16 run under ZeRO-3: bfloat16 parameters, float32 weights and float32 moments.
+    No step is trained. Before each operation, earlier writes are flushed to the disk. Before each save or load, freed
+    memory is returned to the system. Loading starts with the files outside the page cache, and exporting with the files
+    in the page cache. Peak memory is VmHWM, which includes the memory of torch. For saving and loading, VmHWM is summed
+    over the ranks. An export is a single process. In the summary, "states" means the size of the state on all ranks.
 
     Args:
         size: model size. None means the largest size in `SIZES` that fits into memory and on the disk (`choose_size`).
@@ -44,7 +45,8 @@ def benchmark_checkpoint(
         json_path: file for the results (`rows` and `summary`) as JSON.
 
     Raises:
-        ConfigError: if the size does not fit into memory or on the disk, or the JSON file cannot be written.
+        ConfigError: if the size is unknown, does not fit into memory or on the disk, or the folder of the JSON file
+            does not exist.
     """
     if json_path and not Path(json_path).absolute().parent.is_dir():
         raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")

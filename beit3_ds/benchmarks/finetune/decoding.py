@@ -1,7 +1,7 @@
-"""Generates captions with torchscale's BEiT-3, as in microsoft/unilm, and with BLIP from transformers.
+"""Generates captions with torchscale's BEiT-3 and with transformers' BLIP.
 
-As in microsoft/unilm's `beit3`, each image is encoded once per beam. Finished captions stay in the batch until all
-captions are finished, so they still cost time.
+BEiT-3 generates captions as in microsoft/unilm's `beit3`: it encodes each image once per beam, and keeps finished
+captions in the batch until all captions are finished. So finished captions still cost time.
 """
 
 # I images, B beams, R = I * B captions, V vocabulary.

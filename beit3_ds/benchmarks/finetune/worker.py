@@ -111,7 +111,7 @@ def build_side(task: str, side: str, size: str, image_size: int | None, count: i
         side: name of the implementation: `OURS`, `REFERENCE` or `BLIP`.
         size: model size.
         image_size: height and width of images in pixels. None means the size in the reference's recipe.
-        count: samples per request.
+        count: number of samples per training step. For `DECODING`, number of images per batch.
     """
     config = case_config("captioning" if task == DECODING else task, size, image_size)
     if task == DECODING:

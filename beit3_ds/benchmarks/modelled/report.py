@@ -56,8 +56,8 @@ def describe_modelled(config_dir: Path) -> str:
 def _describe_ops(size: str) -> list[str]:
     """Returns the lines of a table for one block with sub-LN.
 
-    The block computes `_ROWS` rows, in sequences of `_SEQUENCE` rows. This is the length of an image at 224 px with
-    patches of 16 px.
+    The block computes `_ROWS` rows, in sequences of `_SEQUENCE` rows. An image at 224 px with patches of 16 px has
+    `_SEQUENCE` rows.
     """
     model = MODEL_SIZES[size]
     experts = (1.0,) if size == "giant" else (0.8, 0.2)

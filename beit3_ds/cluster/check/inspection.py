@@ -68,8 +68,8 @@ class Answers:
     """Error message if the node could not write its token, a test file, into the shared folder; None if there was no
     error."""
     tokens_missing: tuple[str, ...] | None = None
-    """Names of the hosts whose token, a test file in the shared folder, this node cannot see; None if the node was not
-    asked."""
+    """Names of the hosts whose tokens this node cannot see in the shared folder; None if this node was not asked or did
+    not answer. Each host's token is a test file that the host writes."""
     listener: dict[str, Any] | None = None
     """Result of `Probe.listen`, such as the port on which the node listens for test connections. The first host uses
     the master port if it is free."""

@@ -40,8 +40,9 @@ def _one_machine(inspection: Inspection) -> Iterator[Fault]:
 def _own_names(inspection: Inspection) -> Iterator[Fault]:
     """Yields a fault for each node whose own host name does not resolve, or resolves to a loopback address.
 
-    By default, gloo would announce this address to the other nodes. If a node sets GLOO_SOCKET_IFNAME, only the name of
-    this interface is checked.
+    By default, gloo announces the address of the host name to the other nodes. If GLOO_SOCKET_IFNAME is set on a node,
+    its host name is not checked. Instead, the node has a fault if the interface in GLOO_SOCKET_IFNAME does not exist.
+    With only one node, nothing is checked.
     """
     if len(inspection.answers) == 1:
         return

@@ -18,10 +18,12 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
 
     Args:
         environment: environment of this process.
-        wanted: additional variables from the option `--env`, each as NAME or NAME=VALUE.
+        wanted: additional variables from the option `--env`, each as NAME or NAME=VALUE. The value of a plain NAME is
+            taken from `environment`.
 
     Raises:
-        ConfigError: if a name in `wanted` is invalid or has no value, or a line of `.deepspeed_env` is not NAME=VALUE.
+        ConfigError: if a name in `wanted` is invalid, a plain NAME is not in `environment`, or a line of
+            `.deepspeed_env` is not NAME=VALUE.
     """
     chosen = {name: value for name, value in environment.items() if name in FORWARDED_NAMES}
     chosen |= _variables_of_deepspeed(environment)

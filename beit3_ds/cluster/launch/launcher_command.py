@@ -52,7 +52,9 @@ _PDSH_SSH_OPTIONS = ("PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND")
 
 
 def build_commands(launcher: Launcher, hostfile: Hostfile, guard: Sequence[str]) -> list[list[str]]:
-    """Returns the commands that start DeepSpeed's launcher: one command per host with "ssh", else a single command.
+    """Returns the commands that start DeepSpeed's launcher.
+
+    The backend "ssh" needs one command per host. Every other backend needs a single command.
 
     Args:
         launcher: backend of DeepSpeed's launcher; ignored if this machine is the only host.

@@ -305,7 +305,11 @@ class _Launch:
         return (self._saved_step() or 0) >= self._config.training.total_steps
 
     def _saved_step(self) -> int | None:
-        """Returns the step of the checkpoint that the file `latest` names, or None. The checkpoint is not checked."""
+        """Returns the step of the checkpoint that the file `latest` names. The checkpoint itself is not checked.
+
+        Returns None if `latest` cannot be read or names no step. Also returns None while the checkpoints are those of
+        the finished run that `LaunchOptions.force` moves aside.
+        """
         if self._outdated is not None and self._outdated == self._checkpoints_inode():
             return None
         try:

@@ -31,7 +31,7 @@ class Register:
 
     rank: int
     local_rank: int | None
-    """Index of the rank within its host; None if no environment variable of the guard gives it."""
+    """Index of the rank within its host; None if the guard's environment variables do not contain the index."""
     host: str
     """Host name that the guard's machine reports."""
     pid: int

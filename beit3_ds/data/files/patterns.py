@@ -16,11 +16,13 @@ _MAX_NAMES = 1_000_000
 
 
 def expand_patterns(patterns: Iterable[str]) -> list[str]:
-    """Lists the files that match glob patterns, in the order of the patterns and sorted by name within each pattern.
+    """Lists the files that match glob patterns, in the order of the patterns.
 
     Patterns have the syntax of a shell: `*`, `?`, `[abc]`, `**` for folders of any depth, `~`, and braces as in
-    `shard-{0000..0127}.tar`. Every alternative in braces must match a file. `**` follows links to folders and lists
-    each folder once. A pattern that is the path of an existing file or folder matches only this path.
+    `shard-{0000..0127}.tar`. Every alternative in braces must match a file. Alternatives keep their order. The matches
+    of a pattern or an alternative are sorted by path. `**` follows links to folders and visits each folder once. If a
+    pattern or an alternative is the path of an existing file or folder, it matches only this path. No other folders are
+    listed.
 
     Raises:
         ConfigError: if a pattern or an alternative in braces matches nothing, if a wildcard other than a final `**`

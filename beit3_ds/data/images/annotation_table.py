@@ -2,11 +2,13 @@
 
 `beit3 prepare index` writes the tables. A table contains, in this order:
 
-1. one line of JSON: size and modification time of the annotation files, skipped rows and files, and the numbers of
-   samples, images and bytes;
+1. one line of JSON: the size and modification time of each annotation file, the numbers of samples and images, the
+   total bytes of the image paths, and the total bytes of the captions;
 2. little-endian int64 numbers: the image index of each sample, the end offset of each image path, and the end offset of
    each caption;
 3. the image paths and the captions in UTF-8.
+
+The line of JSON also counts the skipped rows and files by reason, and gives one example for each reason.
 
 All processes of a host memory-map the file and share its pages.
 """

@@ -124,7 +124,9 @@ def read_conceptual_captions(
 
 
 def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None:
-    """Adds a sample for each row with an image and a caption; counts all other rows as skipped.
+    """Adds a sample for each row that has an image and a caption; counts all other rows and images as skipped.
+
+    The images are in the image folder of `samples`. The file name of an image is the number of its row.
 
     Args:
         samples: collection that receives the samples.

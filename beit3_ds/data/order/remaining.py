@@ -89,10 +89,10 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of the joined sets to `nodes`, and then the description of the concatenation.
+        """Appends the JSON descriptions of the joined sets to `nodes`, and then the description of this set.
 
         Returns:
-            Index in `nodes` of the concatenation's description, which is the last element.
+            Index in `nodes` of this set's description, which is the last element.
         """
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1
@@ -182,7 +182,10 @@ class SourceSubset:
 
 
 def to_nodes(remaining: RemainingSamples) -> list[Any]:
-    """Converts a set of samples to JSON descriptions. The sets that form it come first, the set itself last."""
+    """Returns JSON descriptions of a set of samples and of the sets that form it.
+
+    The last description describes the set itself.
+    """
     nodes: list[Any] = []
     remaining.add_to(nodes)
     return nodes

@@ -181,7 +181,15 @@ class _Continuation:
         return self._shuffle(0, max(epochs, default=0), parts)
 
     def _shuffle(self, number: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
-        """Returns the position of a set whose epoch continues with `parts` in a new random order."""
+        """Returns the position of a set of samples whose epoch continues with `parts` in a new random order.
+
+        If `parts` contain no samples, the next epoch starts.
+
+        Args:
+            number: index of the set in `StreamPosition.sets`.
+            epoch: the epoch, from 0.
+            parts: samples for the rest of the epoch.
+        """
         parts = [part for part in parts if len(part)]
         if not parts:
             return self._now.start_epoch(number, epoch + 1)

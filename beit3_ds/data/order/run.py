@@ -99,7 +99,7 @@ class RunOrder:
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epochs of some samples of a step, and their indices in the stream, each (len(slots),) int64.
+        """Returns the epoch and the index in the stream of each sample in `slots`, two (len(slots),) int64 arrays.
 
         Args:
             stream: name of the stream: "images", "pairs" or "texts".

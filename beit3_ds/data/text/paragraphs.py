@@ -120,7 +120,8 @@ def read_paragraphs(piece: TextPiece, broken: BrokenLines) -> Iterator[Paragraph
             JSON lines. Also collects JSON values without a valid string under `text`.
 
     Raises:
-        ConfigError: if the file cannot be read, decompressed or parsed as JSON values, or if too many lines are broken.
+        ConfigError: if the file cannot be read or decompressed, a file of JSON values cannot be parsed, or too many
+            lines or values are broken.
         StorageError: if the file system fails.
     """
     text_format = find_text_format(piece.path)

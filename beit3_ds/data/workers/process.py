@@ -50,7 +50,7 @@ class Reply(NamedTuple):
 class WorkerProcess:
     """Controls one worker process, and the socket to that process.
 
-    The worker blocks stop signals and exits when this process exits. When the worker dies, the socket closes. Only
+    The worker blocks stop signals. It exits when this process exits. When the worker dies, the socket closes. Only
     `start`, `receive` and `kill` wait for the worker, each with a time limit.
     """
 

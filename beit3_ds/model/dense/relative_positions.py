@@ -84,7 +84,10 @@ class RelativePositions(nn.Module):
         return F.pad(wide_q, padding), F.pad(wide_k, padding), F.pad(v_THK, (0, width - head_size))
 
     def _products(self, q_THK: Tensor, axes: tuple["_AxisPlaces", "_AxisPlaces"]) -> Tensor:
-        """Returns the products of each query with the table entries for all key rows and key columns, (T, H, J)."""
+        """Returns the products of each query with table entries for the positions of keys, (T, H, J).
+
+        The first entries are for each row of the patch grid where a key may be. The other entries are for each column.
+        """
         tables: list[Tensor] = []
         entries: list[Tensor] = []
         # One autograd node computes both gradients, because ZeRO-2 adds up gradients in the order in which each rank

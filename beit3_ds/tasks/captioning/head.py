@@ -63,12 +63,12 @@ class CaptionHead(Head):
         """Returns two terms summed over masked tokens, (2,) float32, or the logits, (rows, vocabulary).
 
         The first term is the loss, KL(smoothed label || prediction). The second term is the number of right
-        predictions, without gradient. If the head was built with `compares_tokens`, the terms are not summed:
-        `StepFeatures` contains `TOKEN_LOSSES` and `CORRECT`.
+        predictions, without gradient. If the head was built with `compares_tokens`, the terms are not summed. They are
+        returned as `StepFeatures` with the keys `TOKEN_LOSSES` and `CORRECT`.
 
         Args:
-            h_MD: hidden states, (rows, hidden size): rows of the masked tokens, or in generation rows that predict the
-                next words.
+            h_MD: hidden states, (rows, hidden size). With `with_loss`, these are the rows of the masked tokens. In
+                generation, these are the rows that predict the next words.
             batch: the packed micro-batch; needs `TARGET_IDS` if `with_loss`.
             with_loss: True returns the terms, False the logits.
         """

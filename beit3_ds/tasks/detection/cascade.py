@@ -157,18 +157,19 @@ class Cascade(nn.Module):
 def sample_proposals(
     proposals: Proposals, num_anchors: int, objects: ImageObjects, seed: Tensor, count: int
 ) -> SampledBoxes:
-    """Samples proposals of an image for training, at most a quarter of them positive; positive ones come first.
+    """Samples at most `count` proposals of an image for training; positive ones come first.
 
-    The objects' own boxes are added to the proposals, so there are positive proposals from the first step on. A random
-    number decides whether a proposal is sampled. This number depends only on `seed` and the proposal's anchor. The
-    sample therefore stays the same if rounding changes the order of the proposals.
+    At most `count` / 4 of the sampled proposals are positive. The objects' own boxes are added to the proposals, so
+    there are positive proposals from the first step on. A random number decides whether a proposal is sampled. This
+    number depends only on `seed` and the index of the proposal's anchor. For an object's own box, the object's index
+    replaces the anchor's index. The sample therefore stays the same if rounding changes the order of the proposals.
 
     Args:
         proposals: proposals of the image.
         num_anchors: number of anchors of the image.
         objects: objects of the image; there may be none.
         seed: seed of the image, int64 scalar.
-        count: number of proposals to sample.
+        count: maximum number of proposals to sample.
     """
     boxes_N4 = torch.cat([proposals.boxes, objects.boxes])
     matches_N = _match(boxes_N4, objects, 0)

@@ -139,11 +139,13 @@ class DetectedSplit:
 def read_truth(
     sources: Sequence[AnnotatedObjects], wanted: Set[int]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reads images and their annotations from annotation files; annotations get new ids.
+    """Reads the image entries and the annotation entries of COCO annotation files.
+
+    Gives the annotations new ids, and adds missing 'iscrowd' and 'area' values to them.
 
     Args:
         sources: sources with annotations.
-        wanted: ids of the images that are returned.
+        wanted: ids of the images whose entries and annotations are returned.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -253,7 +255,7 @@ def draw_training_sample(sample: DetectionSample, names: Sequence[str]) -> Shown
 
 
 def detections_to_draw(record: DetectionRecord, names: Sequence[str], least_score: float) -> list[DrawnObject]:
-    """Returns the detections of an image with a score of at least `least_score`, as objects to draw."""
+    """Returns an image's detections with scores of at least `least_score`, as objects to draw."""
     masks: list[Any] = [None] * len(record)
     if record.counts is not None:
         masks = [decode_mask(counts, record.size) for counts in record.counts]

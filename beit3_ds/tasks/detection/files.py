@@ -167,7 +167,7 @@ class AnnotatedObjects:
         return image
 
     def objects(self, index: int) -> list[StoredObject]:
-        """Returns those objects of an image that training uses; the list may be empty."""
+        """Returns an image's objects that are used for training; the list may be empty."""
         found = []
         for place in range(int(self._starts[index]), int(self._starts[index + 1])):
             segmentation = None

@@ -21,8 +21,8 @@ def draw_seed(key: SampleKey) -> int:
 def random_priorities(seed: Tensor, count: int, purpose: int) -> Tensor:
     """Returns pseudo-random numbers that order the candidates for sampling, (count,) int64; equal on all devices.
 
-    The candidates with the smallest numbers are sampled, so no random generator on the device is needed. The numbers
-    come from SplitMix64 (Steele et al., 2014).
+    The candidates with the smallest numbers are sampled. SplitMix64 (Steele et al., 2014) computes the numbers from the
+    seed, so no random generator on the device is needed.
 
     Args:
         seed: seed of the image, int64 scalar on the device.

@@ -59,10 +59,10 @@ def score_split(
         evaluator: gives access to the model and the ranks.
         split: name of the split.
         texts: texts of all classes; empty for a linear head.
-        batches: this rank's batches of class texts (`share_of_batches`).
+        batches: this rank's batches of class texts (`share_of_batches`); unused for a linear head.
 
     Returns:
-        The classification on the main rank; None on other ranks.
+        On the main rank, the classification of all images; None on other ranks.
     """
     classes_CD = _encode_classes(evaluator, batches, len(texts)) if texts else None
     results = SampleResults()

@@ -66,10 +66,10 @@ class ImagenetRankTask(RankTask):
 class Imagenet(Task):
     """Defines image classification by comparison with class names, or by a linear layer.
 
-    With the head `names`, every step encodes `data.texts.samples_per_step` class names, divided over ranks and
+    With the head `names`, every training step encodes `data.texts.samples_per_step` class names, divided over ranks and
     micro-batches. If this number equals the number of classes, the softmax is over all classes. If the number is
-    smaller, for example for ImageNet-21K, each step draws this number of classes. The step then also encodes the class
-    name of every image.
+    smaller, for example for ImageNet-21K, each step draws this number of classes and, in addition, encodes the class
+    name of every image. In this case, the softmax is over the classes whose names the step encodes.
     """
 
     Settings = ImagenetConfig
@@ -86,7 +86,8 @@ class Imagenet(Task):
 
         Raises:
             ConfigError: if `data.texts` does not contain exactly one class file, or `data.texts.samples_per_step` does
-                not fit the head.
+                not fit the head. The head "linear" requires 0. The head "names" requires 1 to `task.num_classes`. With
+                mixup or cutmix, it requires exactly `task.num_classes`.
         """
         super().__init__(config)
         _check_class_source(config)

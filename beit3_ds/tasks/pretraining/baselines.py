@@ -1,4 +1,6 @@
-"""Computes the loss of a predictor that knows only how frequent each id is, for each term of pretraining."""
+"""Computes a baseline for each loss term of pretraining: the loss of a predictor that knows only the frequency of each
+token id or visual code.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 

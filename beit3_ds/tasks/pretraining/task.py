@@ -122,7 +122,7 @@ class Pretraining(Task):
         return head_flops(self.config.model, term_counts)
 
     def expected_head_flops(self) -> float:
-        """Returns the floating-point operations per step of the heads (forward and backward) and the visual tokenizer.
+        """Returns the floating-point operations of the heads (forward and backward) and the visual tokenizer per step.
 
         If the tokenizer computes in float32 and the model in bf16, one operation of the tokenizer counts as 9. A
         float32 operation takes about 9 times as long as a bf16 operation on an H100 (modelled).

@@ -15,8 +15,9 @@ from beit3_ds.tasks.retrieval.samples import RetrievalSample
 IMAGE_INDICES = "image_index"
 """Key in `PackedBatch.targets` and `StepFeatures.rows`: index of each image in its split, (images,) int64."""
 CAPTION_KEYS = "caption_key"
-"""Key in `PackedBatch.targets` and `StepFeatures.rows`: the captions' keys, (captions,) int64. A caption's key is the
-index of its image in the split, times `MAX_CAPTIONS`, plus the caption's index among the image's captions."""
+"""Name of an entry in `PackedBatch.targets` and `StepFeatures.rows`: the key of each caption, (captions,) int64. The
+key is the index of the caption's image in the split, times `MAX_CAPTIONS`, plus the caption's index among the image's
+captions."""
 MAX_CAPTIONS = 1 << 20
 """Maximum number of captions per image."""
 NUM_TERMS = 4

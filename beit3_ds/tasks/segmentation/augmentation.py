@@ -67,7 +67,18 @@ class CropAugmentation:
     def _draw_box(
         self, size: tuple[int, int], labels: NDArray[np.uint8], factor: float, rng: np.random.Generator
     ) -> tuple[tuple[float, float, float, float], NDArray[np.uint8]]:
-        """Returns the box of a random crop (left, top, right, bottom) in the image, and the labels of the crop."""
+        """Draws a random crop of an image and its label map.
+
+        Args:
+            size: width and height of the unscaled image in pixels.
+            labels: class of each pixel of the unscaled image, (height, width).
+            factor: factor by which the crop is scaled.
+            rng: random generator.
+
+        Returns:
+            The crop's box (left, top, right, bottom) in pixels of the unscaled image, and the label map of the scaled
+            crop.
+        """
         target = [min(self.size, max(1, round(side * factor))) for side in size]
         spans = [min(side, pixels / factor) for side, pixels in zip(size, target, strict=True)]
         box, own = (0.0, 0.0, 0.0, 0.0), labels

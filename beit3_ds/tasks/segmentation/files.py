@@ -40,9 +40,9 @@ _MODES = ("L", "P")  # one byte per pixel: a value, or an index into a palette
 
 
 class LabelMaps:
-    """Holds the images of a source and their label maps.
+    """Reads the images of a source and their label maps, one sample at a time.
 
-    Needs 9 bytes of memory per sample besides the text of the path.
+    Needs 9 bytes of memory per sample besides the text of the image's path.
     """
 
     def __init__(
@@ -185,7 +185,9 @@ class LabelMaps:
             ) from error
 
     def _find_labels(self) -> "array[int]":
-        """Returns whether each image has a label map, as 0 or 1; lists each folder once."""
+        """Returns one entry per image: 1 if the image has a label map, and 0 otherwise. Reads the file names of each
+        folder only once.
+        """
         listed: dict[str, set[str]] = {}
         found = array("b")
         for index in range(len(self)):

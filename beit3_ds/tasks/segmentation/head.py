@@ -63,7 +63,7 @@ class SegmentationHead(Head):
         self.decoder = MaskDecoder(settings, hidden if settings.adapter else width)
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
-        """Segments images without an adapter, from the output of the last block.
+        """Segments images from the output of the last block; only for a head without an adapter.
 
         Args:
             h_MD: output of the last block after the final norm, (rows, hidden size).

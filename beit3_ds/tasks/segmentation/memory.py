@@ -26,8 +26,9 @@ def crop_memory(model: ModelConfig, settings: SegmentationConfig, element_size: 
         model: the model's configuration.
         settings: the task's settings.
         element_size: bytes per element of an activation.
-        recomputes: whether the backward pass recomputes injectors and extractors. Only their inputs and
-            the last outputs are then counted.
+        recomputes: whether the backward pass recomputes injectors and extractors. If True, the tensors inside these
+            modules are not counted. Their inputs, and the patches and pyramid rows after the last extractor, are still
+            counted.
     """
     if settings.adapter is None:
         maps = model.num_patches * pyramid_memory(model.hidden_size, settings.decoder.hidden_size, element_size)

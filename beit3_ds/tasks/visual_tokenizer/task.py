@@ -216,7 +216,7 @@ class VisualTokenizerTask(Task):
         return 3 * forward_flops(self.config.tokenizers.visual, width, batch.num_images)
 
     def describe_architecture(self) -> str:
-        """Returns one line with the tokenizer's number of blocks, hidden size, image patches and codes."""
+        """Returns one line with the tokenizer's sizes: blocks, hidden size, image patches and codes."""
         visual = self.config.tokenizers.visual
         return (
             f"visual tokenizer, {visual.num_layers} + {visual.decoder_layers} blocks x {visual.hidden_size}, "

@@ -101,7 +101,7 @@ class AnsweredSplit:
     def accuracy(self, place: int) -> float | None:
         """Returns the official accuracy, from 0 to 1, of the answer to question number `place`.
 
-        Returns None if the question's source has questions without answers from people.
+        Returns None if any question in the question's source lacks answers from people.
         """
         questions, index = self.locate(place)
         return question_accuracy(questions.answers(index), self.answers[place]) if questions.has_answers else None
