@@ -69,8 +69,8 @@ class PackedBatch(RowLayout):
     """Number of predictions in this micro-batch for each loss term, in the order of `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     """Additional inputs of the task's head, by name; empty on pipeline stages that hold neither the embeddings nor the
-    head. Pipeline stages that read the same samples check that their integer and bool targets are equal. They do not
-    compare uint8 images and floats."""
+    head. Pipeline stages that read the same samples check that their targets are equal, except targets with dtype uint8
+    or a floating-point dtype."""
     host_targets: Mapping[str, Tensor] = field(default_factory=dict)
     """Further targets: small tensors of integers or bools, such as sizes and counts. `to` leaves them in host memory,
     where the head reads their values without waiting for a device."""
@@ -106,7 +106,9 @@ class PackedBatch(RowLayout):
 
     @property
     def image_length(self) -> int:
-        """Returns the number of rows per image, one for CLS and one per patch. Do not use with `image_grids`."""
+        """Returns the number of rows per image, one for CLS and one per patch. The value is invalid if `image_grids` is
+        not empty.
+        """
         return 1 + self.patch_mask.shape[1]
 
     @cached_property
@@ -226,8 +228,8 @@ class PackedBatch(RowLayout):
     def fingerprint(self) -> str:
         """Returns a digest by which ranks check that they read the same samples.
 
-        Covers the sequences, sample names, token ids, masks, head rows, stochastic-depth factors, and integer and bool
-        targets, but not images and float targets.
+        Covers the sequences, sample names, token ids, masks, head rows, stochastic-depth factors and targets, except
+        targets with dtype uint8 or a floating-point dtype. Does not cover the pixels.
         """
         digest = hashlib.sha256(
             repr(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def to_floats(pixels_B3SS: Tensor, colors_B33: Tensor | None = None) -> Tensor:
-    """Returns images as float32 in [-1, 1], (images, 3, size, size). Float images are returned unchanged.
+    """Returns uint8 images as float32 in [-1, 1], (images, 3, size, size). Returns float images unchanged.
 
     Args:
         pixels_B3SS: RGB images, (images, 3, size, size): uint8, or floats in [-1, 1].
@@ -39,6 +39,6 @@ def change_colors(values_B3SS: Tensor, colors_B33: Tensor) -> Tensor:
 
 
 def grey(values_B3SS: Tensor) -> Tensor:
-    """Returns RGB images in greyscale, (images, size, size), with the ITU-R 601 luma weights that Pillow uses."""
+    """Returns the grey values of RGB images, (images, size, size), with the ITU-R 601 luma weights that Pillow uses."""
     red_BSS, green_BSS, blue_BSS = values_B3SS.unbind(1)
     return (red_BSS * 0.299).add_(green_BSS, alpha=0.587).add_(blue_BSS, alpha=0.114)

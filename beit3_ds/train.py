@@ -197,8 +197,9 @@ def build_run(
         inputs: this rank's inputs.
         mesh: mesh of all ranks.
         signals: stop signals that this rank receives.
-        force: whether to train again from step 0 if a checkpoint shows that the run is finished. The checkpoint folder
-            is then renamed. An unfinished run is resumed in both cases.
+        force: True trains a finished run again from step 0, and renames its checkpoint folder first. With False, a
+            finished run has no remaining steps. A run is finished if its newest checkpoint contains all steps. An
+            unfinished run is always resumed.
 
     Raises:
         ConfigError: if ranks have different configurations or files, or a checkpoint does not fit the model.

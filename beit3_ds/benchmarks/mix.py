@@ -56,7 +56,7 @@ class Mix(NamedTuple):
         return round(0.15 * sum(self.text_lengths) + 0.5 * sum(self.caption_lengths))
 
     def describe(self) -> str:
-        """Returns the numbers of images, pairs, texts and rows for a table, for example "4+4+4 T=2106"."""
+        """Returns a table entry with the numbers of images, pairs, texts and rows, for example "4+4+4 T=2106"."""
         return f"{self.samples}+{self.samples}+{self.samples} T={self.num_rows}"
 
 

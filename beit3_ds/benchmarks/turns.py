@@ -92,11 +92,13 @@ def serve_turns(prepare: Callable[[int], Turn], orders: Iterable[str], answers: 
     """Computes one turn for each batch number in `orders`, and writes the measured figures to `answers`.
 
     Figures: `seconds` is wall time. `cpu_seconds` is the CPU time of all threads. `page_faults` counts page faults
-    without a disk read. `loss` is the number that the turn returned. `peak_bytes` is the peak since this process
-    started: memory of torch's allocator on a GPU, otherwise memory of the process. The facts about the batch follow.
+    without a disk read. `loss` is the number that the timed function returned. `peak_bytes` is the peak since this
+    process started: memory of torch's allocator on a GPU, otherwise memory of the process. The facts that `prepare`
+    returned are written after these figures.
 
     Args:
-        prepare: builds a batch and returns the turn; called outside the measured time.
+        prepare: builds a batch, and returns a function to time and facts about the batch; called outside the measured
+            time.
         orders: lines with one batch number each.
         answers: open text file for the figures, one line of JSON per turn.
     """

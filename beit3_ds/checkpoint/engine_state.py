@@ -175,16 +175,16 @@ class EngineState:
 
     @torch.no_grad()
     def find_mismatch(self, step: int) -> str | None:
-        """Compares samples of the optimizer's float32 weights with the model's parameters; all ranks call this method.
+        """Compares some of the optimizer's float32 weights with the model's parameters; all ranks call this method.
 
         The comparison detects DeepSpeed options that reorder the flat buffers. With such an option, training would be
         correct, but checkpoints would be wrong. Under ZeRO-3 the data-parallel ranks also gather a few parameters.
 
         Args:
-            step: number of training steps so far; selects the samples, and must be equal on all ranks.
+            step: number of training steps so far; selects the weights to compare, and must be equal on all ranks.
 
         Returns:
-            A short description of the first tensor that differs; None if all samples are equal.
+            A short description of one tensor that differs; None if all compared weights are equal.
         """
         return find_mismatch(self._held_weights(step), step)
 
@@ -215,9 +215,10 @@ class EngineState:
         parameters that DeepSpeed keeps whole on every rank.
 
         Args:
-            read: function that returns a float32 slice of a tensor in `local_tensors`. It is called for the elements
-                that this rank owns. Under ZeRO-1 and 2, it is also called for the weights of all elements in this
-                rank's blocks.
+            read: function that returns a float32 slice of a tensor in `local_tensors`. It is called for the weights,
+                moments and averages of the elements that this rank owns. Under ZeRO-1 and 2, and in bf16 without ZeRO,
+                it is also called for all weights of the blocks in `local_tensors`, because the model and the optimizer
+                store separate weights.
             optimizer_step: AdamW's count of updates, used for bias correction.
         """
         self._load_weights(read, set(self._parameters))
@@ -259,7 +260,7 @@ class EngineState:
             self._average.restart(self._weights())
 
     def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
-        """Yields the slices of the whole tensor that a fragment contains. Elements that are padding are omitted.
+        """Yields the slices of the whole tensor that lie in a fragment. Elements that are padding are omitted.
 
         A fragment contains up to three slices (`slice_range`).
 

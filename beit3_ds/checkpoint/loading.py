@@ -59,7 +59,10 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
 
 
 def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None]:
-    """Returns the names of all checkpoints, newest first, and an error message or None."""
+    """Returns the names of all checkpoints, newest first, and None.
+
+    If the checkpoints cannot be read, returns an empty list and an error message.
+    """
     try:
         return [path.name for path in collection.paths()], None
     except OSError as error:

@@ -45,7 +45,8 @@ class RunDescription:
             where: path of the checkpoint, for messages.
 
         Returns:
-            One line per setting that differs between the two runs, except the layout of ranks and the output folder.
+            One line per setting that differs between the two runs. The output folder and the settings in `parallel` may
+            differ without a line.
 
         Raises:
             ConfigError: if the checkpoint's run has another task, another model or other tokenizers.

@@ -49,7 +49,7 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Maps the name of each tensor of which this rank saves a slice to the shape of the whole tensor."""
+        """Maps tensor names to shapes of whole tensors, for each tensor of which this rank saves a slice."""
         return {name: self._state.local_tensors[name].shape for name, _, _ in self._pieces}
 
     def pieces(self, rank: int) -> PieceTable:

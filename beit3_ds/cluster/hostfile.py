@@ -100,8 +100,8 @@ def read_hostfile(path: str | Path) -> Hostfile:
 
     Raises:
         ConfigError: if the file cannot be read or breaks a rule. Each line must be `NAME slots=RANKS`, a comment or
-            empty, there must be at least one host, and no host may occur twice. If localhost is listed, it must be the
-            only host.
+            empty. There must be at least one host. No host may occur twice, and no two names may resolve to the same
+            address. If localhost is listed, it must be the only host.
     """
     path = Path(path)
     try:
@@ -124,7 +124,7 @@ def parse_hostfile(text: str, path: str | Path) -> Hostfile:
         path: path of the hostfile, for error messages.
 
     Raises:
-        ConfigError: if the text breaks a rule. Each line must be `NAME slots=RANKS`, a comment or empty, there must be
+        ConfigError: if the text breaks a rule. Each line must be `NAME slots=RANKS`, a comment or empty. There must be
             at least one host, and no name may occur twice. If localhost is listed, it must be the only host.
     """
     path = Path(path)

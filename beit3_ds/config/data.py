@@ -40,8 +40,8 @@ class SourceConfig:
     """Folder with the images that the annotation file names, or a pattern of tar files with these images
     (`coco/*.tar`)."""
     annotations: PathString = ""
-    """Second annotation file, for example the answers to the questions in `path`, or a folder of label maps. Used only
-    by formats that a task adds."""
+    """Annotations that are not in `path`: a second annotation file, such as the answers to the questions in `path`, or
+    a folder of label maps. Used only by formats that a task adds."""
     split: str = ""
     """Name of a split, for example "val" to read only this split of a Karpathy file. Some formats need a split, and
     others must have none (docs/tasks.md). Used only by formats that a task adds."""
@@ -158,7 +158,8 @@ class DataConfig:
     """Probability of flipping an image of the stream "pairs" horizontally. If captions contain "left" or "right", set
     0, because flips make such captions wrong."""
     rand_augment_operations: Annotated[int, Range(0, 100)] = 0
-    """Number of RandAugment operations per training image (the reference's fine-tuning: 2). Unused in pretraining."""
+    """Number of RandAugment operations per training image (Microsoft's BEiT-3 code: 2 in fine-tuning). Unused in
+    pretraining."""
     rand_augment_magnitude: Annotated[float, Range(0, 10)] = 7.0
     """Strength of the RandAugment operations, from 0 to 10."""
     random_erasing: Share = 0.0
@@ -237,7 +238,7 @@ class DataConfig:
             )
 
     def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
-        """Returns short names of the sources in one split, by the name of the stream (`short_source_names`)."""
+        """Returns the short names of the sources in one split (see `short_source_names`), by the name of the stream."""
         streams = self.streams().items()
         return {name: short_source_names([source.path for source in getattr(of, split)]) for name, of in streams}
 

@@ -1,4 +1,4 @@
-"""Checks which DeepSpeed keys may be combined with each other, with the run's optimizer and with its layout."""
+"""Checks which DeepSpeed keys may be combined with each other, with the optimizer and with the parallel layout."""
 
 from beit3_ds.config.deepspeed_options import DeepSpeedOptions
 from beit3_ds.config.parallel import ParallelConfig

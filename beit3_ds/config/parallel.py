@@ -27,7 +27,7 @@ class ParallelConfig:
     """
 
     tensor_parallel_size: Ranks = 1
-    """Number of ranks over which each layer's attention heads, FFN hidden size and vocabulary are divided (Megatron-LM:
+    """Number of ranks over which the attention heads, the FFN hidden size and the vocabulary are divided (Megatron-LM:
     Shoeybi et al., 2019, arXiv:1909.08053). These ranks communicate in every layer, so they should be on one node."""
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks also divide the activations outside attention and FFN, along the sequence

@@ -27,18 +27,23 @@ _GROUPS = (("images", "pairs"), ("texts",))  # streams that can share files
 def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     """Checks that no validation or test file is also a training file, even under another path or link.
 
-    Two files count as the same if they have equal device and inode, and their sources read the same part of the file
-    (`SourceConfig.split`). Files of "images" are also compared with files of "pairs", because the model would already
-    know the image of the pair. A validation folder must not be inside a training folder, nor a training folder inside a
-    validation folder. Copies of files are not detected.
+    Validation and test files are compared with the training files of the same stream. Files of "images" and "pairs" are
+    compared with the training files of both streams, because both streams contain images. Two files count as the same
+    if they have equal device and inode, and their sources have the same `SourceConfig.split`. Copies of files are not
+    detected.
+
+    A validation or test folder must not be inside a training folder, nor a training folder inside a validation or test
+    folder. Links must not lead from both folders to the same folder. Two sources may read different splits of the same
+    folder.
 
     Args:
         data: data section of the run's config.
         must_exist: whether a pattern without a matching file is an error.
 
     Raises:
-        ConfigError: if a training file is also a validation or test file (the message names both), a pattern matches no
-            file, or two sources of a stream share a file.
+        ConfigError: if training data overlaps with validation or test data (the message names both paths), if two
+            training, two validation or two test sources of a stream overlap, or if a pattern matches no file although
+            `must_exist` is true.
         StorageError: if the file system fails.
     """
     streams = data.streams()

@@ -181,7 +181,7 @@ class AdaptedWeights:
         return torch.cat([tensor[: self.model.max_text_length], further])
 
     def _starts_at_zero(self, name: str) -> bool:
-        """Returns whether the tensor is a table of relative positions that the stored weights lack."""
+        """Returns whether the tensor is a table of relative positions and is missing from the stored weights."""
         return bool(_RELATIVE_POSITION.fullmatch(name)) and name not in self._held
 
     def release_pages(self) -> None:

@@ -11,8 +11,8 @@ from beit3_ds.config import ModelConfig
 from beit3_ds.parallel import logical_part, logical_shape, own_part
 
 STANDARD_DEVIATION = 0.02
-"""Standard deviation of BEiT's initial values outside the embeddings; the normal distribution is truncated at +-0.02.
-"""
+"""Standard deviation, before truncation, of BEiT's initial weights outside the embeddings. The normal distribution is
+truncated at +-0.02."""
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _OUTPUT_MATRIX = re.compile(r"\.(out_proj|fc2)\.weight")

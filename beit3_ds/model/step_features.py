@@ -21,7 +21,7 @@ class StepFeatures(NamedTuple):
     forward pass."""
 
     def take(self, kept: slice) -> "StepFeatures":
-        """Returns features that contain only the samples in `kept`, and all shared tensors."""
+        """Returns features with the rows of the samples in `kept`; the shared tensors are unchanged."""
         return StepFeatures({name: x[kept] for name, x in self.rows.items()}, self.shared)
 
 

@@ -21,8 +21,8 @@ class HostGroup:
     """Exchanges values in host memory between ranks over gloo. A group of one rank sends nothing.
 
     Values in host memory need their own process group, because NCCL rejects CPU tensors. In each process, `Mesh.host`
-    is the `HostGroup` of all ranks. `Mesh.host.among` returns subgroups for the axes of the mesh. Any other thread that
-    communicates needs its own group (`build_host_group`).
+    is the `HostGroup` of all ranks. `Mesh.host.among` returns subgroups for the axes of the mesh. The main thread uses
+    these groups. A background thread that communicates needs its own group (`build_host_group`).
 
     Messages follow binomial trees. A sum over P ranks takes 2 log2(P) consecutive messages, such as 18 for 512 ranks,
     and connects each rank to at most log2(P) others. In contrast, gloo's all-reduce takes 2 P messages in a ring and

@@ -44,7 +44,7 @@ class Split:
         return self.stop - self.start + self.padding
 
     def take(self, whole: Tensor) -> Tensor:
-        """Returns a view of this rank's part of the whole tensor, without padding."""
+        """Returns this rank's part of the tensor `whole`, as a view without padding."""
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
     def trim(self, local: Tensor) -> Tensor:
@@ -82,7 +82,8 @@ class TensorParallel:
     def own_slices(self, slices: Sequence[tuple[int, int]], num_rows: int) -> Sequence[tuple[int, int]]:
         """Converts row ranges of the residual stream to ranges within this rank's rows.
 
-        The last range includes padding.
+        With sequence parallelism, the last returned range also contains this rank's padding rows. Without sequence
+        parallelism, returns `slices` unchanged.
 
         Args:
             slices: consecutive row ranges [start, stop) that cover [0, num_rows).

@@ -36,7 +36,8 @@ class CoupledStep:
         self._loss_factors, self._num_micro_batches = loss_factors, num_micro_batches
         self._gradients: list[StepFeatures] = []
         self.sums = torch.zeros_like(loss_factors)
-        """Sum of each term over the whole step on the first data-parallel rank, and zeros on the other ranks."""
+        """Sum of each loss term over the whole step. Only the first data-parallel rank holds the sums; the other ranks
+        hold zeros."""
 
     def differentiate(self, micro_batches: Sequence[StepFeatures]) -> None:
         """Computes the loss terms and their gradients. All data-parallel ranks must call this method.

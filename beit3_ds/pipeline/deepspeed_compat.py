@@ -5,7 +5,7 @@ Importing this module checks DeepSpeed's version. Other modules meet DeepSpeed's
     gradient accumulation   always 1 in the engine (`RunConfig.engine_config`)
     norms                   `ModelParallelUnit` names the ranks over which DeepSpeed sums them
     split parameters        have the attribute `tensor_model_parallel`
-    micro-batches           use every parameter of a model chunk, and compute their gradients in the same order
+    micro-batches           use every parameter of a model chunk, and always compute gradients in the same order
 """
 
 import functools
@@ -102,9 +102,9 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
 def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
     """Clears ZeRO-3's gradient buffer at the start of a step, if the stage has several model chunks.
 
-    Each chunk has its own part of the buffer. The first backward pass of a step overwrites the part of its chunk. All
-    later backward passes of the step add to the buffer, even the first pass of another chunk. Without clearing, the
-    other chunks would add their gradients to those of the previous step.
+    Each chunk has its own part of the buffer. In the first backward pass of a step, ZeRO-3 overwrites the part of one
+    chunk. In all later backward passes, ZeRO-3 adds to the buffer. Without clearing, the parts of all other chunks
+    would still contain the gradients of the previous step.
 
     Args:
         engine: DeepSpeed engine of this stage.
@@ -123,7 +123,7 @@ def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
     Args:
         engine: DeepSpeed engine with gradient accumulation 1.
         loss: scalar output of a forward pass.
-        is_last: whether this is the last backward pass of the step on this rank, in which ZeRO-0 and ZeRO-1 reduce
+        is_last: whether this is the step's last backward pass on this rank. In the last pass, ZeRO-0 and ZeRO-1 reduce
             gradients.
     """
     engine.set_gradient_accumulation_boundary(is_last)

@@ -18,9 +18,9 @@ class GradientProbe:
         self._current: list[Tensor] = []
 
     def watch(self, leaves: Iterable[Tensor]) -> None:
-        """Registers a hook on each leaf tensor that sums the elements of the tensor's gradient.
+        """Registers hooks that sum the elements of each leaf tensor's gradient.
 
-        Call this method before other hooks that change the gradient are registered, because hooks run in the order of
+        Call this method before hooks that change the gradient are registered, because hooks run in the order of
         registration.
         """
         for leaf in leaves:
@@ -31,7 +31,11 @@ class GradientProbe:
         self._sums = {}
 
     def begin_backward(self, micro_batch: int) -> None:
-        """Sets the index, within the step, of the micro-batch of the next backward pass."""
+        """Assigns the gradients of the next backward pass to a micro-batch.
+
+        Args:
+            micro_batch: index of the micro-batch within the step.
+        """
         self._current = self._sums.setdefault(micro_batch, [])
 
     def find_non_finite(self) -> list[int]:

@@ -16,7 +16,7 @@ def cut_layers(config: RunConfig, head_flops: float) -> list[range]:
 
     Args:
         config: the run's configuration.
-        head_flops: floating-point operations of the last layer per step (`Task.expected_head_flops`).
+        head_flops: floating-point operations of the head per step (`Task.expected_head_flops`).
     """
     return cut(layer_costs(config, head_flops), config.parallel.num_chunks)
 
@@ -27,11 +27,11 @@ def stage_layers(chunks: Sequence[range], stage: int, num_stages: int) -> list[r
 
 
 def layer_costs(config: RunConfig, head_flops: float) -> list[float]:
-    """Returns the floating-point operations of each layer per step, forward and backward.
+    """Returns the floating-point operations of each layer (embeddings, blocks, head) per step, forward and backward.
 
     Args:
         config: the run's configuration.
-        head_flops: floating-point operations of the last layer per step.
+        head_flops: floating-point operations of the head per step, forward and backward (`Task.expected_head_flops`).
     """
     costs = [3 * flops for flops in layer_flops(config.model, _expected_work(config))]
     return [*costs[:-1], head_flops]
@@ -78,8 +78,10 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """Divides the items from `start` on into chunks of at most `limit`; returns the smallest sum of squared chunk
-        costs and the end of each chunk.
+        """Divides the items with index `start` or higher into chunks that each cost at most `limit`.
+
+        Returns the smallest sum of squared chunk costs, and the end of each chunk. If there is no such division,
+        returns infinity and an empty tuple.
         """
         ends = [len(costs)] if chunks == 1 else range(start + 1, len(costs) - chunks + 2)
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())

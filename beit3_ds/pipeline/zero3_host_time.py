@@ -30,10 +30,11 @@ def shorten_zero3_hooks(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     Without these changes, DeepSpeed
 
     * walks over all modules of a block four times per step to list the block's parameters
-    * asks torch several times per parameter for the rank and the number of ranks, which the parameter stores
+    * asks torch several times per parameter for the rank and the number of ranks, although the parameter stores both
+      numbers
     * formats debug messages that it does not print, and marks a range for NVIDIA's profiler around every function
     * computes the signature of an autograd function on each call of a module
-    * copies each gradient twice before it is reduced, and cuts each one into as many tensors as there are ranks
+    * copies each gradient twice before the reduction, and cuts each gradient into one tensor per rank
     * calls seven functions to release a parameter
     * after each update, sets each parameter's data to the memory that the data already use
     """
@@ -99,7 +100,7 @@ def _reduce_scatter(gradients: Sequence[Tensor], group: Any, buffer: Tensor | No
     Args:
         gradients: gradients of one dtype.
         group: group of the ranks.
-        buffer: memory for the gradients, if it is large enough; None allocates memory.
+        buffer: memory for the joined gradients. If it is None or too small, new memory is allocated.
     """
     size = deepspeed.comm.get_world_size(group)
     parts = [_divide(gradient, size) for gradient in gradients]

@@ -147,7 +147,7 @@ def describe_host(config: RunConfig, requirements: HostRequirements, ranks_per_n
 
 
 class _Kind(NamedTuple):
-    """Identifies ranks that need equal memory: they have the same pipeline stage and read the same copies of images."""
+    """Identifies ranks that need equal host memory: they have the same `stage` and the same `views`."""
 
     stage: int
     views: str

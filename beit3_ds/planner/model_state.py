@@ -1,4 +1,4 @@
-"""Models the training state of one rank, without activations, for models other than BEiT-3."""
+"""Computes the bytes of one rank's training state, without activations, for models other than BEiT-3."""
 
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class ModelState(NamedTuple):
 
 
 def model_state(config: RunConfig, world_size: int) -> ModelState:
-    """Models the training state of one rank from the model's number of parameters.
+    """Computes the size of one rank's training state from the model's number of parameters.
 
     Args:
         config: the run's configuration.

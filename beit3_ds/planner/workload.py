@@ -15,7 +15,7 @@ from beit3_ds.tasks.pretraining.targets import with_masks
 
 
 class BlockRows(NamedTuple):
-    """Holds how many rows of a micro-batch attention and FFN compute in one block."""
+    """Holds the numbers of rows that one block computes for a micro-batch, in attention and in the FFN."""
 
     attention: int
     """Number of rows in attention."""
@@ -37,7 +37,7 @@ class Workload(NamedTuple):
     masked_patches: int
     """Number of masked patches. Each masked patch is one input row of the MIM head."""
     masked_tokens: int
-    """Number of masked text tokens, which is the number of rows of the MLM head."""
+    """Number of masked text tokens. Each masked token is one input row of the MLM head."""
     drops: bool
     """Whether the model uses stochastic depth."""
     every_row: BlockRows

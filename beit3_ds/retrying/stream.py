@@ -34,8 +34,8 @@ class RetryingStream(io.RawIOBase):
             open_descriptor: function that returns the file descriptor. If it raises an `OSError`, the write has failed,
                 and the next write calls it again.
             report: function that takes an error. It is called for the first error, and for the first error after each
-                recovery. A full non-blocking pipe is never reported. A pipe whose reader has ended is reported only
-                with `reports_closed_pipe`. No lock is held during the call.
+                recovery. A full non-blocking pipe is never reported. A pipe whose reader has ended is reported only if
+                the attribute `reports_closed_pipe` is True. No lock is held during the call.
             limit: maximum bytes kept in memory. Further bytes are dropped, and a line in the stream counts the dropped
                 bytes.
         """

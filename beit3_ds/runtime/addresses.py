@@ -26,17 +26,21 @@ def is_loopback(address: str) -> bool:
 def find_meeting_address(launch: Launch) -> str:
     """Returns the address at which this host reaches rank 0.
 
-    Normally this is MASTER_ADDR or its IP address. On rank 0's own host, MASTER_ADDR may resolve to a loopback address
-    (Debian writes 127.0.1.1 into /etc/hosts) or to another host's address. Then the function returns this host's only
-    outer IPv4 address (`_outer_addresses`). GLOO_SOCKET_IFNAME limits the choice to one interface.
+    Normally this is MASTER_ADDR or its IP address. There are two special cases:
 
-    The loopback address is returned in three cases: all ranks run on this host, MASTER_ADDR is itself that address or
-    `localhost`, or there is no outer IPv4 address to choose.
+    - MASTER_ADDR resolves to a loopback address (Debian writes 127.0.1.1 into /etc/hosts). The function returns this
+      loopback address if all ranks run on this host, if MASTER_ADDR is the address itself or `localhost`, or if this
+      host has no outer IPv4 address. Otherwise, it returns this host's only outer IPv4 address.
+    - This rank is rank 0, and MASTER_ADDR resolves to another host's address. The function returns this host's only
+      outer IPv4 address.
+
+    In both special cases, `_outer_addresses` lists the outer addresses, and GLOO_SOCKET_IFNAME limits them to one
+    interface.
 
     Raises:
         OSError: if MASTER_ADDR cannot be resolved.
-        ConfigError: if an outer IPv4 address is needed and there are several to choose from, or if there is none and
-            MASTER_ADDR resolves to another host's address.
+        ConfigError: if an outer IPv4 address is needed and there are several; in the second special case, also if there
+            is none.
     """
     assert launch.master_addr is not None
     found = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_STREAM)

@@ -48,8 +48,10 @@ def find_sleep(seconds: float, interval: float) -> float:
 
 
 class RankStatus:
-    """Holds the newest heartbeat of one rank, and when this process noticed this heartbeat and the rank's latest
-    change.
+    """Holds the newest heartbeat of one rank, and two times measured by this process.
+
+    The first is the time when this process noticed the heartbeat. The second is the time when this process noticed the
+    rank's latest change. A change is the start of a phase, or the start or end of a wait.
     """
 
     def __init__(self, beat: Heartbeat, now: float) -> None:
@@ -91,8 +93,8 @@ class RankStatuses:
             beats: newest heartbeat of each rank, in the order of the ranks.
 
         Raises:
-            ForgedValueError: if a heartbeat is older than one that was read earlier, which only an attacker could
-                write.
+            ForgedValueError: if a rank's heartbeat is older than the rank's previous heartbeat. Only an attacker can
+                cause this.
         """
         now = time.monotonic()
         slept = find_sleep(now - self._updated, self._interval)

@@ -43,7 +43,7 @@ class KeyedStore(dist.Store):
         """Waits until a key has a value, verifies the digest and returns the value.
 
         Raises:
-            ForgedValueError: if the digest is wrong, so that no rank of this run wrote the value.
+            ForgedValueError: if the digest is wrong. A wrong digest means that no rank of this run wrote the value.
         """
         return self._verify(key, self._store.get(key))
 

@@ -12,7 +12,8 @@ from beit3_ds.config.numbers import RANKS
 from beit3_ds.runtime.run_secret import SECRET_VARIABLE
 
 TORCH_LAUNCHER = "the launcher"
-"""Name, in messages, of a launcher that sets torch's variables: `deepspeed`, `torchrun` or `beit3 launch`."""
+"""Common name, in messages, for the launchers that set torch's variables. These are `deepspeed`, `torchrun` and `beit3
+launch`."""
 _DEFAULT_PORT = 29500  # default of torch and DeepSpeed
 _FIRST_JOB_PORT, _NUM_JOB_PORTS = 20_000, 10_000  # below the ports that Linux assigns by itself
 _STEPS_PER_JOB = 16

@@ -11,7 +11,10 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def measure_node() -> NodeSize:
-    """Returns the bytes of memory, or a container's memory limit if it is lower, and the free bytes of /dev/shm."""
+    """Returns this machine's memory and the free space in /dev/shm, in bytes.
+
+    In a container with a lower memory limit, the returned memory is that limit.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         with suppress(OSError, ValueError):  # no such file, or its content is "max"

@@ -16,8 +16,8 @@ NOTICE_SECONDS = 60.0
 """Seconds between two messages about a start that makes no progress."""
 _POLL_SECONDS = 0.5
 _IDLE_SHARE = 0.01
-"""Fraction of one core's time. The start makes no progress if the process uses a smaller fraction, and the main thread
-uses no CPU time."""
+"""Fraction of one core's time. The start makes no progress if two conditions hold: the main thread uses no CPU time,
+and the whole process uses at most this fraction."""
 
 
 class StartupWatchdog:

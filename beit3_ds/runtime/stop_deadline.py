@@ -31,15 +31,15 @@ class StopDeadline:
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
-        """Starts a thread that ends the process if the process still runs `STOP_SECONDS` after a stop signal.
+        """Starts a thread that ends the process if the process has not ended `STOP_SECONDS` after a stop signal.
 
-        From a call of `limit_waits` to a call of `limit_all`, this limit does not apply. The thread then ends the
-        process only if a wait for other ranks takes too long.
+        Between the calls of `limit_waits` and `limit_all`, a stop signal limits only the waits for other ranks. During
+        this time, the thread ends the process only if such a wait takes too long, or soon after a second SIGINT.
 
         Args:
             rank: rank of this process, for messages.
             signals: recorder of the stop signals that this process receives.
-            end: ends this process at once, even if the main thread is blocked in a call.
+            end: function that ends this process at once, even if the main thread is blocked in a call.
         """
         self._rank, self._signals, self._end = rank, signals, end
         self._activity: Activity | None = None
@@ -62,7 +62,7 @@ class StopDeadline:
     def limit_all(self, phase: str, consequence: str) -> None:
         """From now on, a stop signal limits all work of this rank, not only its waits for other ranks.
 
-        Call this method when no more state must be saved.
+        Call this method when this rank has no more state to save.
 
         Args:
             phase: name of the next part of the program, for messages, such as "the report".

@@ -106,9 +106,11 @@ class Watchdog:
         self._store_thread.join()
 
     def announce_failure(self, error: Exception) -> None:
-        """Reports this rank's failure to all ranks, and waits at most five seconds until a failure is published.
+        """Reports this rank's failure to rank 0, and waits at most five seconds until a failure is published to all
+        ranks.
 
-        Rank 0 then waits at most five more seconds until all ranks have read the published failure.
+        Rank 0 then waits at most five more seconds until all ranks have read the published failure. If another rank has
+        already reported a failure, the report of this rank has no effect.
         """
         self._report(f"{self._describe(self._rank)} failed: {_first_line(error)}")
 

@@ -57,7 +57,8 @@ class Sample:
     """Vector for comparing images, (256,) float32: the luminance at 16 x 16 pixels, shifted to mean 0 and scaled to
     norm 1. The dot product of the vectors of two images is the images' correlation."""
     vivid: bool
-    """Whether the image is colourful, filled and detailed; vivid samples are chosen first."""
+    """Whether the image has strong colours, enough non-white pixels and enough detail; such samples are chosen first.
+    """
 
 
 def _render(image: Image.Image) -> Image.Image:

@@ -210,7 +210,7 @@ def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
     The licence of an image is read from the SVG file of the same name. Images without such a file are left out.
 
     Args:
-        folder: folder with the two .deb files.
+        folder: folder with the .deb files of the packages openclipart-png and openclipart-svg.
         scratch: empty folder for the unpacked files; it must exist as long as the candidates are used.
     """
     for package in ("openclipart-png", "openclipart-svg"):

@@ -60,11 +60,12 @@ class Evaluator(Protocol):
         """Returns this rank's batches for the validation loss; `RankTask.prepare` has not been applied."""
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
-        """Returns this rank's batches of a split; all ranks' batches together contain every sample once.
+        """Returns this rank's batches of a split; the batches of all data-parallel ranks together contain every
+        evaluated sample once.
 
         `RankTask.prepare` has not been applied to the batches. All ranks get the same number of batches, so some may be
-        empty. Each iteration starts worker processes and reads the samples again. `SampleResults` identifies a sample
-        by its index in the split (`SampleKey.index`).
+        empty. Each pass over the batches starts new worker processes and reads all samples again. `SampleResults`
+        identifies a sample by its index in the split (`SampleKey.index`).
         """
 
     @property

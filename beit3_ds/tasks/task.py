@@ -1,8 +1,8 @@
 """Defines the interface between the trainer and a task, such as pretraining.
 
 A task is one folder of `beit3_ds/tasks`. `"task": {"name": ...}` in the configuration file names the folder. A name
-with dots names any importable module instead. The module defines `TASK`, a subclass of `Task`. The trainer uses a task
-through two classes:
+with dots names any importable module instead. The folder's `__init__.py` or the named module defines `TASK`, a subclass
+of `Task`. The trainer uses a task through two classes:
 
     Task        built from the configuration alone, also by `beit3 check`: loss terms, model, costs
     RankTask    opened by each rank (`rank_task.py`): samples, preparation of micro-batches, evaluation, result files

@@ -1,4 +1,4 @@
-"""Defines a teacher that gives the visual tokenizer gradients and colours of patches, without a pretrained network."""
+"""Defines a teacher for the visual tokenizer: gradients and colours of patches, without a pretrained network."""
 
 # B images, N patches per image, G patches on a side, S pixels on a side, E features per patch.
 

@@ -55,7 +55,8 @@ def convert_released_state(
     """Renames the tensors of a released state dict, and derives the architecture from the tensors' shapes.
 
     In the released networks, queries and values have separate biases, keys have no bias, and the last norm is named
-    `fc_norm`. The codebook's moving averages are dropped, because they belong to another update rule.
+    `fc_norm`. The moving averages `quantize.embedding.cluster_size` and `quantize.embedding.embed_avg` are dropped,
+    because this project's codebook update does not use them.
 
     Args:
         released: tensors of the released file, by name.
@@ -66,7 +67,7 @@ def convert_released_state(
         The tokenizer's config and state dict.
 
     Raises:
-        ConfigError: if the codebook was never initialised, or the codes do not have length 1.
+        ConfigError: if the codebook was never initialised, or its codes are not unit vectors.
         KeyError: if a tensor that determines the architecture is missing.
     """
     released = {name: value for name, value in released.items() if not name.startswith(_FOREIGN_PREFIXES)}

@@ -1,6 +1,7 @@
 """Trains and reads the text tokenizer, a SentencePiece model with the ids of the released BEiT-3.
 
-XLMRobertaTokenizer is not used, because in transformers >= 5 it encodes every piece of such a file as <unk>.
+XLMRobertaTokenizer is not used, because in transformers >= 5 it encodes every piece of this SentencePiece model as
+<unk>.
 """
 
 import hashlib
@@ -33,8 +34,8 @@ class WordBorders(NamedTuple):
     """Whether a word starts at each id, as far as the id itself tells, (vocab_size,). True for BOS, padding and EOS.
 
     In a SentencePiece model that writes white space before words (`▁dog`), also True for pieces that begin with white
-    space, and False for all other pieces. In a model that writes white space after words (`dog▁`), False for all
-    pieces; `ends` then tells where words start.
+    space, and False for all other ids. In a model that writes white space after words (`dog▁`), True only for BOS,
+    padding and EOS; `ends` then tells where words start.
     """
     ends: NDArray[np.bool_]
     """Whether a word ends at each id, as far as the id itself tells, (vocab_size,). The next id then starts a word.

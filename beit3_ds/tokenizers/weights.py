@@ -11,8 +11,8 @@ from beit3_ds.untrusted_file import read_tensors
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads tensors from a file into a model, matched by name or by order.
 
-    Tensors are matched by order if the file and the model have no common name, but list equal shapes in the same order.
-    This is the case for some ports of a network to another library.
+    Tensors are matched by order if the file and the model have no tensor name in common, but list equal shapes in the
+    same order. This is the case for some ports of a network to another library.
 
     Args:
         model: the network, for example timm's `tf_efficientnet_lite0`.

@@ -65,17 +65,18 @@ def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
 
 
 def check_same_files(mesh: Mesh, paths: Mapping[str, str | None]) -> None:
-    """Checks that files have the same content on all ranks. Gathers 8 bytes per rank and file.
+    """Checks that files have the same content on all ranks. Gathers 8 bytes per rank and path.
 
-    Files of more than 256 MiB are compared by size and by 64 blocks of 1 MiB spread over the file. All ranks must call
-    this function.
+    A folder is compared by the names and contents of all files in it. Files of more than 256 MiB are compared by size
+    and by 64 blocks of 1 MiB spread over the file. All ranks must call this function.
 
     Args:
         mesh: mesh of all ranks.
         paths: path of each file or folder, by configuration key; None for keys that are not set.
 
     Raises:
-        ConfigError: on all ranks, if a file differs; the message names the key, the path and the ranks.
+        ConfigError: on all ranks, if a file or folder differs; the message names the key, the path and the ranks that
+            differ from rank 0.
     """
     if mesh.num_ranks == 1:
         return

@@ -36,9 +36,11 @@ class BestCheckpoint:
         self._evaluations_since: int = state.get("evaluations_since", 0)
 
     def add(self, step: int, record: Mapping[str, Any]) -> bool:
-        """Compares an evaluation with the best one so far; records it if it is better, and returns whether it is.
+        """Compares an evaluation with the best one so far. Records a better evaluation, and returns whether it is
+        better.
 
-        The first evaluation counts as better, unless its value is NaN. Returns False if `metric` is None.
+        The first evaluation whose value is not NaN counts as better. If `training.best_metric` is None, nothing is
+        recorded and the result is False.
 
         Args:
             step: number of steps done.

@@ -86,12 +86,18 @@ def evaluate(
 
 
 def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeatures]], mesh: Mesh) -> Tensor:
-    """Returns this rank's contribution to the sums of each term per source, (terms, sources) float64 on the CPU.
+    """Returns the sums of each term per source on the first data-parallel rank, and zeros on the other ranks.
+
+    Each sum is over the features of all data-parallel ranks. All data-parallel ranks of the last stage must call this
+    function, because it gathers the features.
 
     Args:
         step_loss: function that computes the sum of each loss term from features.
         features: features of this rank's batches, one list per source; at least one batch in total.
         mesh: mesh of all ranks.
+
+    Returns:
+        Sums, (terms, sources) float64 on the CPU.
     """
     nothing = next(own[0] for own in features if own).take(slice(0))  # for sources without own samples
     with torch.no_grad():

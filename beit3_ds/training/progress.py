@@ -54,9 +54,10 @@ class Interval:
     tokens: int = 0
     flops: float = 0.0
     sums: float | Tensor = 0.0
-    """Sum of each loss term, (terms,) float64, on the device of the updates; 0.0 before the first update."""
+    """Sum of each loss term over the steps in `updates`, (terms,) float64, on the device of `Update.sums`; 0.0 if
+    `updates` is empty."""
     counts: float | Tensor = 0.0
-    """Number of predictions per loss term, (terms,) float64; 0.0 before the first update."""
+    """Number of predictions per loss term over the steps in `updates`, (terms,) float64; 0.0 if `updates` is empty."""
 
 
 class Progress:

@@ -39,13 +39,13 @@ class Stragglers:
     stage do the same work, so two other times are compared among them:
 
     * "data": the time that a reading rank waits for its data workers and disks.
-    * "work": the time to move batches to the device and to encode images as visual tokens. Under ZeRO-0 to 2 without
-      tensor parallelism, this time includes the forward passes of the model.
+    * "work": the time to move batches to the device and, on the stage with the head, to encode images as visual tokens.
+      Under ZeRO-0 to 2 without tensor parallelism, this time includes the forward passes of the model.
 
     The comparison finds devices and hosts that are always slow, and ranks with more work. It does not find slow
     backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks, so
-    "work" does not include them. On a stage without the head, which encodes no images, "work" is then only the time to
-    move batches.
+    "work" does not include them. Under tensor parallelism, encoding ends with an all-gather of the visual tokens, so
+    "work" includes the wait for the slowest tensor-parallel rank.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:

@@ -83,7 +83,8 @@ def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, st
 
     In unilm, branch A (vision) is in all blocks or in none, and so is branch B (language). The names of branch A are
     left out if some block of the model has no vision expert. The names of branch B are left out if some block has no
-    language expert. With `fusion`, a vision-language expert counts as both.
+    language expert. With `fusion`, a block with a vision-language expert counts as having a vision expert and a
+    language expert.
 
     Args:
         config: configuration of the model.

@@ -92,7 +92,9 @@ def plan_attention(
 ) -> AttentionPlan:
     """Groups sequences of similar length into buckets.
 
-    Adjacent sequences of equal length form a bucket without padding.
+    Adjacent sequences of equal length, such as images, form their own bucket without padding. In other buckets, each
+    sequence is padded to the length of the longest one. On a CPU, a bucket with several sequences has at most
+    `CPU_ROWS` rows.
 
     Args:
         ranges: row ranges of each sequence.

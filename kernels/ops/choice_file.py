@@ -3,7 +3,7 @@
 A case is the text that identifies one measurement: the operator's name, and the dtypes, sizes and flags of the
 arguments. A file has one line per case: {"CASE": {"fastest": NAME, "milliseconds": {NAME: MS, ...}}, ...}. The file
 shipped with the package (`kernels/choices`) is read first. Then the file of this machine is read from Triton's cache
-folder.
+folder. If both files have a case, the file of this machine counts.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ _Gradients = TypeVar("_Gradients")
 
 
 def once_differentiable(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
-    """Decorates a backward pass whose own derivative is unknown, so that autograd cannot differentiate it.
+    """Decorates a backward pass that autograd must not differentiate, because its own derivative is unknown.
 
     PyTorch's decorator of this name switches gradients off at every call, and returns gradients that fail when they are
     differentiated. This decorator instead raises an error right away if the caller passes `create_graph=True`. This

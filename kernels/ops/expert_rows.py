@@ -1,4 +1,5 @@
-"""Decides whether the row-streaming GPU kernels support given rows, and with which settings they are compiled.
+"""Decides whether the row-streaming GPU kernels support given rows, and chooses compile and launch settings for these
+kernels.
 
 A row-streaming kernel computes rows one after another, without a matrix product.
 """

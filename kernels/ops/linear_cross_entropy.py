@@ -34,8 +34,9 @@ class Partials(NamedTuple):
     """Holds what one shard of the vocabulary contributes to the cross entropy of each row.
 
     All tensors are (M,) for M rows, in float32, or in float64 if the rows are float64. To combine shards, compute the
-    maximum of `largest` over the shards. Multiply each shard's `total` by exp(largest - maximum), and add the products.
-    Add the target logits and the logit sums. Then the loss is log(total) + maximum - target_logit.
+    maximum of `largest` over the shards. Multiply each shard's `total` by exp(largest - maximum), and add the products
+    over the shards. Add `target_logit` over the shards, and do the same with `logit_sum`. Then the cross entropy is
+    log(total) + maximum - target_logit.
     """
 
     largest: Tensor
@@ -304,7 +305,10 @@ def _no_partials(h_MD: Tensor) -> Tensor:
 
 
 def _partials_library(logits_MN: Tensor, bias_N: Tensor, target_M: Tensor, first: int, partials_3M: Tensor) -> None:
-    """Computes the results of `partials_kernel` in plain PyTorch, for checks of the kernel."""
+    """Computes the results of `partials_kernel` in plain PyTorch.
+
+    This function is the operator's `library` implementation on a GPU, and the reference for tests of the kernel.
+    """
     _update_partials(logits_MN.to(partials_3M.dtype) + bias_N, target_M, first, partials_3M)
 
 

@@ -99,7 +99,11 @@ _MATMUL_ROWS = 2048
 
 
 class _Parameters(NamedTuple):
-    """Holds the parameters of one call: one tensor per expert, or none if the op has no such parameter."""
+    """Holds the parameters of one call.
+
+    Each field has one tensor per expert, or is empty if the op has no such parameters. In the backward pass, `biases`
+    is always empty.
+    """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
@@ -324,7 +328,11 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, without operands that are None. Overwrites y if dtypes are equal."""
+    """Returns residual + factor * y, without operands that are None.
+
+    If the residual has another dtype than y, the result is a new tensor in the residual's dtype. Otherwise the result
+    overwrites y.
+    """
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:

@@ -57,7 +57,14 @@ def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[Recomput
 
 
 def restore_rows(function: RecomputeFunction | None, tensors: Sequence[Tensor]) -> Tensor:
-    """Returns a layer's input in the backward pass, without gradients. Takes the result of `rows_to_save`."""
+    """Returns the rows (T, D) that a layer had as input, for use in the layer's backward pass.
+
+    The rows were saved, or are recomputed now. Autograd does not record the recomputation.
+
+    Args:
+        function: function from `rows_to_save`, or None if the rows were saved.
+        tensors: tensors from `rows_to_save`, which autograd saved.
+    """
     if function is None:
         (x_TD,) = tensors
         return x_TD

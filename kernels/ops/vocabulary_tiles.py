@@ -37,15 +37,15 @@ class VocabularyTiles(NamedTuple):
 def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> VocabularyTiles:
     """Divides a vocabulary into narrow tiles, and chooses how many tiles get their own buffer for logits.
 
-    Without a chunk size, every tile gets its own buffer. With a chunk size, the number of buffers is limited, and
-    memory for one more tile is left free for the backward pass. Tiles without their own buffer share one buffer. Rows
-    are not divided: every group of rows would read the whole output matrix, and update the matrix's whole gradient.
+    Without a chunk size, every tile gets its own buffer. With a chunk size, the number of buffers is limited. Tiles
+    without their own buffer share one buffer. The backward pass needs memory for one more tile. Rows are not divided.
+    Otherwise, every group of rows would read the whole output matrix, and update the matrix's whole gradient.
 
     Args:
         num_rows: number of rows M.
         vocabulary: number of vocabulary columns V.
-        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once. None for no limit; the backward pass
-            then uses memory for one more tile.
+        chunk_size: limit on memory: the buffers and the backward pass's tile together hold at most `chunk_size` x V
+            logits. None for no limit.
     """
     max_columns = _max_columns(num_rows, vocabulary, chunk_size)
     width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, max_columns // 2))

@@ -50,7 +50,7 @@ def stored_versions() -> list[str]:
 
 
 def read_budgets(version: str) -> dict[tuple[str, int], Report]:
-    """Returns the properties stored for a Triton version, by variant name and GPU architecture.
+    """Returns the machine-code properties stored for a Triton version, by variant name and GPU architecture.
 
     Returns an empty dict if `budgets.json` has no entry for the version.
     """

@@ -60,7 +60,7 @@ def choose_row_tiling(architecture: int, width: int) -> RowTiling:
 
     Args:
         architecture: GPU architecture: 80, 90 or 100.
-        width: columns per row, D. At most 8192, so that a thread holds at most 16 columns.
+        width: columns per row, D, at most 8192 (`WIDEST`). A thread holds at most 16 columns.
     """
     block = next_power_of_2(width)
     num_warps = max(4, block // 512)
@@ -229,7 +229,7 @@ def build_row_variant(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of `sum_kernel` that are compiled ahead of time."""
+    """Returns the variants of `sum_kernel` to compile ahead of time."""
     return [
         build_sum_variant(element, width, _ROW_SUM_BLOCK)
         for element, width in (("bf16", 1408), ("fp16", 1408), ("bf16", 6144), ("fp32", 768))

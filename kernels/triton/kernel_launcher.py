@@ -1,8 +1,8 @@
-"""Launches kernels with little Python time, and measures a kernel's fastest settings at the first launch.
+"""Launches kernels with little Python time, and finds a kernel's fastest settings at the first launch.
 
 At every launch, Triton itself inspects all arguments, and selects a compiled variant by their types, values and
-alignment. This takes longer than many kernels run. `KernelLauncher` lets Triton do this only at the first launch of a
-variant.
+alignment. This takes more time than many kernels need. `KernelLauncher` lets Triton do this only at the first launch of
+a variant.
 """
 
 from collections.abc import Callable, Hashable, Sequence

@@ -113,7 +113,7 @@ _GRADIENT = KernelLauncher(gradient_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants that are compiled ahead of time: one per kernel and dtype; sizes are not constexpr."""
+    """Returns the variants to compile ahead of time: one per kernel and dtype, because sizes are not constexpr."""
     result = []
     for element, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         tiling = choose_tiling(dtype)

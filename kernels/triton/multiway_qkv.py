@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernels for queries, keys and values. One launch computes all three layers and all experts."""
+"""Defines the Triton kernels for queries, keys and values. One launch computes the three linear layers (query, key and
+value) of all experts.
+"""
 
 # T packed rows; a layer has K input columns and N output columns. A program computes one ROWS x COLUMNS tile of the
 # result and sums in steps of DEPTH. Rows, experts and widths are as in multiway_ffn.py.

@@ -210,7 +210,7 @@ def constants(num_heads: int, head_size: int, tile: int, block: int, causal_capt
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the attention kernels that are compiled ahead of time.
+    """Returns the variants to compile ahead of time, for the attention kernels.
 
     The giant model has 88 columns per head, and all smaller models have 64. Relative positions in windows of 14 x 14
     patches widen these heads to 120 and 96 columns. The largest supported number, 128, is also compiled.

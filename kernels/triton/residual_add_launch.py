@@ -106,7 +106,7 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the two kernels that are compiled ahead of time, for several widths and dtypes."""
+    """Returns the variants to compile ahead of time: both kernels, for several widths and dtypes."""
     cases = [
         ("bf16", 768),
         ("bf16", 1024),

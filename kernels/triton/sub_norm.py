@@ -121,10 +121,10 @@ def norm_gradient_sums_kernel(
 ):
     """Computes row sums and column sums of one tile with SPAN rows and COLUMNS columns.
 
-    a is the input of the norm, GELU(x) or x. dn is the gradient of the norm's output. xhat is the standardised row (a -
-    mean) * rstd. For each row, the kernel sums dn * scale and dn * scale * xhat over the tile's columns. For each
-    column, it sums dn * xhat and dn over the tile's rows. The row sums of all tiles are (column tiles, 2, rows), and
-    the column sums are (row tiles, 2, columns).
+    The norm's input is called a. With GELU, a is gelu(x); otherwise, a is x. dn is the gradient of the norm's output.
+    xhat is the standardised row (a - mean) * rstd. For each row, the kernel sums dn * scale and dn * scale * xhat over
+    the tile's columns. For each column, it sums dn * xhat and dn over the tile's rows. The row sums of all tiles are
+    (column tiles, 2, rows), and the column sums are (row tiles, 2, columns).
     """
     expert, first, stop = find_row_tile(tl.program_id(0), stop_0, stop_1, stop_2, SPAN)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -175,8 +175,9 @@ def norm_gradient_kernel(
 ):
     """Computes one block of dx = da * gelu'(x); without GELU, dx is da.
 
-    a is the input of the norm, GELU(x) or x. dn is the gradient of the norm's output. xhat is the standardised row (a -
-    mean) * rstd. da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH). Without NORM, da is dn.
+    The norm's input is called a. With GELU, a is gelu(x); otherwise, a is x. dn is the gradient of the norm's output.
+    xhat is the standardised row (a - mean) * rstd. With NORM, da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1
+    / WIDTH). Without NORM, da is dn.
 
     For each row, sums_0 is the sum of dn * scale, and sums_1 is the sum of dn * scale * xhat. These sums and WIDTH
     cover the columns of all ranks. dx may be stored in the memory of dn, because a program reads its block before it

@@ -145,7 +145,7 @@ def norm_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants of the sub-LN kernels that are compiled ahead of time, the same for all architectures."""
+    """Returns the variants to compile ahead of time, for the sub-LN kernels; the same for all architectures."""
     result = []
     for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}

@@ -28,8 +28,9 @@ NUM_LAYERS = 3
 """Number of layers that the kernel takes as arguments."""
 
 SUM_BLOCK = SumBlock(512, 4)
-"""Block size for adding the weight gradients of an expert's shares. There are few shares, and each gradient has many
-columns: one per element of the weight."""
+"""Block size for adding the weight gradients of an expert's shares. A share is a range of the expert's rows. There are
+few shares, and each gradient has many columns: one per element of the weight, and with a bias gradient also one per
+element of the bias."""
 
 _MOST_SHARES = 16
 _ROUNDING = 64

@@ -115,7 +115,10 @@ def _measure_exports(folder: Path) -> list[Row]:
 
 
 def _run_program(folder: Path, out: Path, module: str, *arguments: str) -> Row:
-    """Runs a module in a process. Returns memory, and time until the files in `out` are on the disk."""
+    """Runs a module in a new process, and returns times and peak memory.
+
+    The time `synced_seconds` ends when the files in `out` are on the disk.
+    """
     os.sync()
     log, peak = folder.with_suffix(".log"), folder.with_suffix(".peak")
     start, anonymous = time.perf_counter(), 0

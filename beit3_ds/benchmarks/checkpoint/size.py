@@ -75,7 +75,10 @@ def predict_bytes(peaks: Sequence[Peak], num_parameters: int) -> int:
 
 
 def count_parameters(size: str) -> int:
-    """Returns the number of parameters of a model size in the `shared` layout."""
+    """Returns the number of parameters of the pretraining model of size `size`.
+
+    The model's attention weights have the layout `shared` (`ModelConfig.layout`).
+    """
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in PretrainingModel(state_config(size, 1).model).parameters())
 

@@ -60,7 +60,7 @@ class DecodingSide:
             self.model.to(torch.bfloat16)
 
     def prepare(self, number: int) -> Turn:
-        """Returns the `Turn` of batch `number`. Its function generates the captions, and its facts are the number of
+        """Returns a `Turn`: the function that generates the captions of batch `number`, and the batch's number of
         samples.
         """
         pixels = draw_samples("captioning", self.config, number, self.count).pixels.to(self.device)

@@ -26,8 +26,9 @@ def describe_nodes(inspection: Inspection, faults: Sequence[Fault]) -> str:
 
 
 def describe_faults(hostfile: Hostfile, faults: Sequence[Fault]) -> str:
-    """Formats one line per note, then the numbers of hosts, ranks and faults, then one line per fault. Notes do not
-    count as faults.
+    """Formats one line per note, then one line with the numbers of hosts, ranks and faults, then one line per fault.
+
+    An element of `faults` with `is_note` is a note, and does not count as a fault.
     """
     ranks = f"{_count(len(hostfile.hosts), 'host')}, {_count(hostfile.world_size, 'rank')}"
     notes = [f"note: {fault}" for fault in faults if fault.is_note]

@@ -14,8 +14,8 @@ class Requirements:
     layout_fault: str | None
     """Reason why the run cannot use this number of ranks, or None. If there is a reason, the other fields are empty."""
     rank_bytes: tuple[int, ...] = ()
-    """Estimated bytes of device memory of each rank (`planner.rank_memory`). For visual tokenizers, the estimate leaves
-    out activations (`planner.model_state`)."""
+    """Estimated bytes of device memory of each rank (`planner.rank_memory`). If the run trains a visual tokenizer, the
+    estimate leaves out activations (`planner.model_state`)."""
     checkpoint_bytes: int = 0
     """Bytes of one checkpoint in float32: weights, two moments and, if configured, an average of the weights."""
 

@@ -169,7 +169,10 @@ class Attempt:
     # The course of one start of the ranks.
 
     async def _wait_for_guards(self, launcher: LauncherProcess) -> None:
-        """Waits until the guard of every rank, which is the parent of the training process, has registered."""
+        """Waits until the guard of every rank has registered; stops waiting after a failure or a stop signal.
+
+        A guard is the parent of a rank's training process. If guards do not register in time, the attempt fails.
+        """
 
         def is_done() -> bool:
             everybody = len(self._ranks) == self._plan.world_size

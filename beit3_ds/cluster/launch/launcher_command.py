@@ -34,8 +34,8 @@ _SSH_OPTIONS = (
     *("-o", "ServerAliveCountMax=3"),
 )
 _COMMAND_LINE_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "LD_LIBRARY_PATH")
-"""Environment variables without which a guard may fail to start. They are part of the hosts' command lines, so their
-values must contain no special characters."""
+"""Environment variables without which a guard (`rank_guard`) may fail to start. Launchers write these variables into
+the commands that shells on the hosts run, so the values must contain no special characters."""
 _NAMES = frozenset(
     {
         *("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "TZ", "TMPDIR", "PATH", "VIRTUAL_ENV"),

@@ -82,7 +82,7 @@ class LogError:
 
 @dataclass(frozen=True, kw_only=True)
 class StopSignalReceived:
-    """Tells `beit3 launch` that a guard received a stop signal, for example from the cluster manager."""
+    """Tells `beit3 launch` that a rank's guard received a stop signal, for example from the cluster manager."""
 
     signal_number: int
 

@@ -26,8 +26,8 @@ _libc = ctypes.CDLL(None)
 class TrainerProcess:
     """Runs a trainer, one rank's training process, in a separate session, and logs the trainer's output.
 
-    If the disk is full, training continues and the missing lines are written later. If this process ends, the kernel
-    kills the trainer.
+    If the disk is full, training continues and the missing lines are written later. If the trainer's parent process
+    ends, the kernel kills the trainer.
     """
 
     def __init__(

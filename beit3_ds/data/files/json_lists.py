@@ -189,7 +189,7 @@ class _Reader:
                 raise ValueError("truncated")
 
     def _read_more(self) -> bool:
-        """Reads more text from the file, as much as is buffered or more; returns False at the end of the file."""
+        """Reads the next part of the file, at least as long as the buffered text; returns False at the file's end."""
         more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
         self._buffer, self._position = self._buffer[self._position :] + more, 0
         return bool(more)

@@ -151,7 +151,13 @@ def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None
 
 
 def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the numbers of the rows that have an image, ascending, and the index of each row's image in `paths`."""
+    """Finds the rows that have an image. The file name of an image is the number of its row.
+
+    Counts an image in `samples` as skipped if its name is not a number or its row already has an image.
+
+    Returns:
+        The numbers of the rows in ascending order, and for each of these rows, the index of its image in `paths`.
+    """
     rows = np.full(len(paths), -1, dtype=np.int64)
     for number in range(len(paths)):
         stem = paths[number].rpartition("/")[2].partition(".")[0]

@@ -114,7 +114,10 @@ def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentati
 
 @dataclass(frozen=True, kw_only=True)
 class CenterViews:
-    """Makes both views from the largest centered square of an image, for evaluation; draws no random numbers."""
+    """Makes the model's view and the tokenizer's view from the largest centered square of an image, for evaluation.
+
+    Draws no random numbers.
+    """
 
     image_size: int
     """Side of the model's view in pixels."""

@@ -13,7 +13,8 @@ from beit3_ds.data.images.compact_strings import CompactStrings
 class CaptionedImages(CollectedAnnotations):
     """Stores images with their captions: one sample per caption, and the samples of an image are consecutive.
 
-    An image without captions has no sample. `each_image` returns a collection with one sample per image.
+    An image without captions has no sample. `each_image` returns a collection with one sample per image, also for
+    images without captions.
     """
 
     def __init__(self, annotations: str, folder: str) -> None:
@@ -71,7 +72,9 @@ class CaptionedImages(CollectedAnnotations):
 
     @property
     def image_lines(self) -> "array[int]":
-        """Returns the line number of each image, counted from 1; empty if the file is not read line by line."""
+        """Returns the line number of each image in the caption file, counted from 1; empty if the caption file is not
+        read line by line.
+        """
         return self._image_lines
 
     def identifier(self, image: int) -> int | str:

@@ -83,11 +83,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decoding_bytes(image: Image.Image, size: tuple[int, int]) -> int:
-    """Returns the maximum memory in bytes for decoding an image; the factors were measured with Pillow.
+    """Returns the maximum memory in bytes for decoding an image, without the bytes of the file.
+
+    The numbers of bytes per pixel were measured with Pillow.
 
     Args:
         image: an open image that is not decoded yet.
-        size: width and height in the file. `image` is smaller if it will be decoded at a reduced size.
+        size: width and height in the file. `image.size` is smaller if the image will be decoded at a reduced size.
     """
     pixels = math.prod(image.size)
     if image.format == "WEBP":

@@ -32,7 +32,7 @@ class TarShards:
     The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. If
     `KEY.txt` is missing, the caption is the value of `caption` in `KEY.json`. A key may contain dots: `v.one.jpg` and
     `v.two.jpg` are two samples. If the sample `KEY` has an image or a caption, an additional member such as
-    `KEY.seg.png` is skipped. `skipped` counts the skipped members.
+    `KEY.seg.png` is skipped. `skipped` counts the skipped members, and also the tars without samples.
 
     Real corpora contain many irregular files. These rules apply:
 
@@ -88,7 +88,9 @@ class TarShards:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped members in all shards per reason, with an example of each reason."""
+        """Returns the number of skipped members and of tars without samples, per reason, with an example of each
+        reason.
+        """
         total: dict[str, Skipped] = {}
         for path, index in zip(self.paths, self._indices, strict=True):
             if not len(index):

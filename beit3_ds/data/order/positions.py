@@ -128,10 +128,12 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples of a set that were unused when its current epoch was last shuffled again (`SetPosition`).
+        """Returns the samples of a set that were unused when the set's current epoch was last shuffled again
+        (`SetPosition`).
 
-        If the stream has weights, each source is a set. Without weights, the whole stream is one set. Returns None if
-        the epoch was not shuffled again.
+        A run that resumes with changed data, sampling weights or seed shuffles the unused samples of the current epoch
+        again. Returns None if the current epoch was not shuffled again. If the stream has sampling weights, each source
+        is a set. Without sampling weights, the whole stream is one set.
 
         Args:
             number: index of the set in `sets`.

@@ -80,7 +80,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Converts indices in the concatenation to sample numbers of the stream; argument and result are (n,) int64."""
+        """Converts indices in this set to sample numbers of the stream; argument and result are (n,) int64."""
         numbers = np.empty_like(places)
         owners = np.searchsorted(self._ends, places, side="right")
         for owner in np.unique(owners):
@@ -89,7 +89,7 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of the joined sets to `nodes`, and then the description of this set.
+        """Calls `add_to(nodes)` of each joined set, and then appends the JSON description of this set to `nodes`.
 
         Returns:
             Index in `nodes` of this set's description, which is the last element.
@@ -120,7 +120,7 @@ class Rest:
         return self.whole(order_permutation(self.seed, self.key, len(self.whole))(places + self.taken))
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of the set `whole` to `nodes`, and then the description of this set.
+        """Calls `whole.add_to(nodes)`, and then appends the JSON description of this set to `nodes`.
 
         Returns:
             Index in `nodes` of this set's description, which is the last element.
@@ -166,7 +166,7 @@ class SourceSubset:
         return candidates[owners, ordinals.argmax(axis=1)]
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of the set `whole` to `nodes`, and then the description of this subset.
+        """Calls `whole.add_to(nodes)`, and then appends the JSON description of this subset to `nodes`.
 
         Returns:
             Index in `nodes` of this subset's description, which is the last element.

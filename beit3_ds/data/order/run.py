@@ -31,7 +31,8 @@ class RunOrder:
         """Starts every stream at its first sample.
 
         Args:
-            config: data section of the run's config, with the samples per step and the weights.
+            config: data section of the run's config. It contains the samples per step and the sampling weights of the
+                sources.
             seed: the run's seed.
             streams: sources of each stream that has samples in a step, in the order of the config.
         """

@@ -18,11 +18,11 @@ class StreamOrder:
     """Computes which samples of a stream follow a stored position, over any number of epochs."""
 
     def __init__(self, position: StreamPosition) -> None:
-        """Stores the position; offsets are counted from there.
+        """Stores the position from which calls of the object count their offsets.
 
         Raises:
-            ValueError: if the counts in the position contradict the samples that it describes, as after an edit of the
-                checkpoint.
+            ValueError: if the counts in the position contradict the samples that the position describes, for example
+                after an edit of the checkpoint.
         """
         self.position = position
         self._remaining = [position.remaining(number) for number in range(len(position.sets))]

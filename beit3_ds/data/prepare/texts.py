@@ -65,7 +65,7 @@ class TextPreparation:
     pieces_written: int
     """Number of pieces of text files (`TextPiece`) that this call tokenized."""
     pieces_kept: int
-    """Number of pieces of text files that already had an up-to-date token file."""
+    """Number of pieces (`TextPiece`) whose token files were already up to date."""
     num_tokens: int
     """Number of tokens in the pieces that `pieces_written` and `pieces_kept` count."""
     broken: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Reads JSON values that follow one another in a file or are elements of lists; holds one value at a time."""
+"""Reads the JSON values of a file one at a time; the elements of a list at the top level count as separate values."""
 
 import json
 import re

@@ -75,7 +75,9 @@ class TokenPiece(NamedTuple):
         return (self.text_size, self.text_mtime_ns) == (text.st_size, text.st_mtime_ns)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
-        """Memory-maps the token ids `start` to `stop` - 1; None for `stop` maps all ids from `start` on."""
+        """Memory-maps the token ids at the positions `start` to `stop` - 1; None for `stop` maps all ids from `start`
+        on.
+        """
         stop = self.num_tokens if stop is None else stop
         return map_array(self.path, self.dtype, start * np.dtype(self.dtype).itemsize, stop - start)
 

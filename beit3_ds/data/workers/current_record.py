@@ -7,7 +7,10 @@ _BYTES = 1024
 
 
 class CurrentRecord:
-    """Holds the name of the record that is being read, in memory that two processes share; at most 1022 bytes."""
+    """Holds the name of the record that is being read, in memory that two processes share.
+
+    A name longer than 1022 bytes is truncated.
+    """
 
     def __init__(self, descriptor: int | None = None) -> None:
         """Allocates shared memory, or opens the shared memory of another `CurrentRecord`.

@@ -120,10 +120,10 @@ class _Pick(torch.autograd.Function):
 
 
 def wide_head_size(head_size: int, extents: tuple[int, int]) -> int:
-    """Returns W, the number of columns per head of queries and keys that are widened for relative positions.
+    """Returns W, the width of one head after its queries and keys are widened for relative positions.
 
     Args:
-        head_size: columns K per head without relative positions.
+        head_size: width K of one head without relative positions.
         extents: rows and columns of the largest window or image, in patches.
     """
     return -(-(head_size + sum(extents)) // _ALIGNMENT) * _ALIGNMENT

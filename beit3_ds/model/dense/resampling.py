@@ -18,12 +18,12 @@ PATCH_WEIGHT = "embeddings.patch.weight"
 def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -> Tensor:
     """Resamples a table of image positions bicubically to the patch grid of another model.
 
-    The first row belongs to the CLS token if the table's model has one. That row is left out if the other model's
-    configuration sets `dense`, because such models have no CLS token.
+    If the table's model has a CLS token, the first row is the position of this token. The result lacks this row if
+    `model` sets `dense`, because a model with `dense` has no CLS token.
 
     Args:
         table: position table, (1 + S * S, D), or (S * S, D) if `stored` sets `dense`.
-        stored: configuration of the table's model.
+        stored: configuration of the table's model. If it sets `dense`, `model` must set `dense` too.
         model: configuration of the other model.
     """
     is_same_grid = stored.grid_size == model.grid_size

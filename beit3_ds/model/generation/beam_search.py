@@ -47,7 +47,8 @@ class BeamSearch:
     length_penalty: float = 0.6
     """Exponent of the length in a caption's score. Larger values favour longer captions."""
     max_length: int = 20
-    """Maximum number of tokens, counting BOS, EOS and the mask token. A caption has at most `max_length` - 3 words."""
+    """Maximum number of tokens, counting BOS, EOS and the mask token. So the text of a caption has at most `max_length`
+    - 3 tokens."""
 
     def __post_init__(self) -> None:
         if self.num_beams < 1 or self.max_length < 4:

@@ -59,7 +59,8 @@ class CaptionDecoder:
         """Appends a word to each caption, and returns the log-probabilities of the following word.
 
         Args:
-            ids_R: token id to append to each caption. The first call appends BOS, to one caption per image.
+            ids_R: token id of the word to append to each caption, (captions,) int64. In the first call, pass the id of
+                BOS once per image.
 
         Returns:
             Log-probabilities, (captions, vocabulary) float32.
@@ -134,10 +135,10 @@ class CaptionDecoder:
         self._captions = [(keys, keys) for keys in empty]
 
     def _attend_to_cache(self, number: int) -> tuple[Callable[..., Tensor], list[tuple[Tensor, Tensor]]]:
-        """Returns an attention function for block `number`, and a list for the captions' new keys and values.
+        """Returns the attention function of block `number`, and a list that this function fills.
 
         The function computes attention of each caption's last word and mask token to the image and the caption. It
-        appends the captions' keys and values to the list.
+        appends one pair to the list: the keys and the values of all words of the captions, without the mask tokens.
         """
         image_keys, image_values = self._images[number]
         old_keys, old_values = self._captions[number]

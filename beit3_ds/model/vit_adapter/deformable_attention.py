@@ -67,8 +67,8 @@ def sample_maps(values_BSHK: Tensor, sizes: Sequence[GridSize], points_BQHGP2: T
     Args:
         values_BSHK: values of all feature maps, in row-major order, one map after the other.
         sizes: rows and columns of each feature map.
-        points_BQHGP2: column and row of each point, as fractions of the map's width and height. Values outside the map
-            are 0.
+        points_BQHGP2: column and row of each point, as fractions of the map's width and height. A point may lie outside
+            the map, where all values are 0.
         weights_BQHGP: weight of each point.
     """
     lengths = [rows * columns for rows, columns in sizes]

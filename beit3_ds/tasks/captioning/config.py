@@ -29,8 +29,8 @@ class CaptioningConfig:
     length_penalty: Annotated[float, Range(0, 10)] = 0.6
     """Exponent p of the length penalty: the beam search divides a caption's log-probability by length ** p."""
     max_length: Annotated[int, Range(4, 2**18)] = 20
-    """Maximum number of tokens of a generated caption, counting BOS, EOS and the mask token. A caption has at most
-    `max_length` - 3 words."""
+    """Maximum number of tokens of a generated caption, counting BOS, EOS and the mask token. So the text of a caption
+    has at most `max_length` - 3 tokens."""
     official_scores: bool = True
     """Whether to compute the official metrics with pycocoevalcap, if it is installed; METEOR takes a minute to start.
     Other metrics of generated captions are always computed: the share of captions that end before the length limit, and

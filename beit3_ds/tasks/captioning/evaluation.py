@@ -109,7 +109,10 @@ def _sums(values_M: Tensor, counts_P: Tensor) -> Tensor:
 
 
 class DescribedSplit:
-    """Combines the images of a split with the model's captions and predictions, on the main rank."""
+    """Computes the metrics of a split and writes the generated captions, on the main rank.
+
+    Without generated captions, there are only the metrics of the masked words, and nothing is written.
+    """
 
     def __init__(self, stream: Stream, results: GatheredResults, search: BeamSearch | None) -> None:
         """Stores the samples and the gathered results.
@@ -131,9 +134,9 @@ class DescribedSplit:
     def metrics(self, *, official: bool) -> dict[str, float]:
         """Returns the metrics of the split, by name.
 
-        `words` is the mean loss of the masked words, and `word_accuracy` is the accuracy on these words. With generated
-        captions, `ended` is the share of captions that end before the length limit. If all images have references, the
-        metrics of `score_captions` are added.
+        `words` is the mean loss of the masked words, and `word_accuracy` is the accuracy on these words. If captions
+        were generated, `ended` is the share of captions that end before the length limit. If captions were generated
+        and all images have references, the metrics of `score_captions` are added.
 
         Args:
             official: whether to compute the official metrics, if the packages for these metrics are installed.

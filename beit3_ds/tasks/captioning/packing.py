@@ -15,7 +15,7 @@ from beit3_ds.data.packing import concatenate, pack_inputs, stack_views
 from beit3_ds.tasks.captioning.head import TARGET_IDS
 from beit3_ds.tasks.captioning.samples import CaptionSample
 
-INDICES = "sample_numbers"
+INDICES = "indices"
 """Key in `PackedBatch.targets`: index of each sample in its split, (samples,) int64."""
 NUM_MASKED = "num_masked"
 """Key in `PackedBatch.targets`: number of masked tokens of each caption, (captions,) int64."""

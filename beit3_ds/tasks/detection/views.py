@@ -13,7 +13,7 @@ Size = tuple[int, int]
 
 SAMPLES = "samples"
 """Key in `PackedBatch.host_targets`: for each view, the index of its sample in the batch, ascending, (views,) int64."""
-INDICES = "numbers"
+INDICES = "indices"
 """Key in `PackedBatch.host_targets`: index of each sample in its split, (samples,) int64."""
 ORIGINAL_SIZES = "original sizes"
 """Key in `PackedBatch.host_targets`: height and width in pixels of each view's image before scaling, (views, 2)

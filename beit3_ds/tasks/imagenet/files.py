@@ -52,7 +52,7 @@ class LabelledImages:
         return self.source.files()
 
     def name(self, index: int) -> str:
-        """Returns the image's file and the image's name in the file, for messages."""
+        """Returns an image's name for messages, including the path of the image file, tar file or annotation file."""
         return self.source.name(index)
 
     def label(self, index: int) -> int:

@@ -18,7 +18,7 @@ OTHER_CLASSES = "other classes"
 SHARES = "shares"
 """Key in `PackedBatch.targets`: share of the first image in each mixed image, in units of 1 / `mixing.WHOLE`, (images,)
 int64."""
-INDICES = "numbers"
+INDICES = "indices"
 """Key in `PackedBatch.targets`: index of each image in its split, (images,) int64."""
 TEXT_CLASSES = "classes of texts"
 """Key in `PackedBatch.targets`: class label of each text, (texts,) int64."""

@@ -5,9 +5,10 @@
 | NLVR2 | `train.json`, `dev.json`, `test1.json`: one object per line, `identifier`, `sentence`, `label` | as below |
 | JSON lines | `left`, `right`, `sentence`, `label`, optional `id` and `group` | paths `left` and `right` |
 
-An identifier such as `dev-850-0-1` has the form SPLIT-SET-PAIR-SENTENCE: the split, and the numbers of the set of
-sentences, the pair of images and the sentence. The images of this entry are `dev-850-0-img0.png` and
-`dev-850-0-img1.png`. Training images are in subfolders; the key `directory` of an entry is the name of the subfolder.
+An identifier such as `dev-850-0-1` has the form SPLIT-SET-PAIR-SENTENCE. SET is the id of a set of sentences, PAIR is
+the id of a pair of images, and SENTENCE is the id of the sentence in its set. The images of this entry are
+`dev-850-0-img0.png` and `dev-850-0-img1.png`. Training images are in subfolders; the value of an entry's key
+`directory` is the name of the subfolder.
 """
 
 import json

@@ -23,7 +23,7 @@ from beit3_ds.tasks.nlvr2.files import Statements, read_nlvr2, read_statement_li
 from beit3_ds.tasks.nlvr2.head import LABELS
 from beit3_ds.tokenizers.text import TextTokenizer
 
-INDICES = "sample_numbers"
+INDICES = "indices"
 """Key in `PackedBatch.targets`: index of each sample in its split, (samples,) int64."""
 FORMATS = ("nlvr2", "statement_lines")
 """Names of the source formats of this task: NLVR2's published files, and JSON lines."""

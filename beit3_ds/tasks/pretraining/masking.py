@@ -18,17 +18,18 @@ _MIN_ASPECT = 0.3
 def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_block: int = 16) -> NDArray[np.bool_]:
     """Masks exactly `num_masked` patches of an image, in rectangular blocks.
 
-    Follows BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1). The area of a block is drawn between `min_block` and
-    the number of patches left to mask, even if this number is smaller than `min_block`. The aspect ratio is log-uniform
-    in [0.3, 1/0.3]. A block is rejected if it is at least as high or as wide as the image, or masks no new patch or too
-    many new patches. After ten rejected blocks in a row, single random patches complete the mask, as in BEiT v2.
+    Follows BEiT (Bao et al., 2021, arXiv:2106.08254, algorithm 1). The area of a block is drawn between two bounds:
+    `min_block` and the number of patches left to mask. Either bound may be the larger one. The aspect ratio is
+    log-uniform in [0.3, 1/0.3]. A block is rejected if it is at least as high or as wide as the image, or masks no new
+    patch or too many new patches. After ten rejected blocks in a row, single random patches complete the mask, as in
+    BEiT v2.
 
     Args:
         grid_size: patches per side of the image.
         num_masked: patches to mask, from 0 to grid_size^2.
         rng: random generator.
-        min_block: smallest area of a block, in patches, unless fewer patches are left to mask; values above
-            `num_masked` count as `num_masked`.
+        min_block: bound of a block's area, in patches: the lower bound, or the upper bound if fewer patches are left to
+            mask. Values above `num_masked` count as `num_masked`.
 
     Returns:
         True for masked patches, (grid_size^2,) bool, in row-major order.

@@ -91,7 +91,9 @@ class LabelMaps:
         return self.images.name(index)
 
     def stem(self, index: int) -> str:
-        """Returns the path of an image relative to its folder, without extension; result files have this name."""
+        """Returns an image's path relative to the source's image folder, without extension; result files have this
+        name.
+        """
         return os.path.splitext(self.images.relative_path(index))[0]
 
     def image_files(self) -> Iterable[str]:

@@ -27,7 +27,7 @@ SEEDS = "seeds"
 """Key in `PackedBatch.host_targets`: seed of the random points of each crop, (crops,) int64."""
 DROP_PATH = "extractor factors"
 """Key in `PackedBatch.targets`: stochastic-depth factors of the adapter's extractors, (crops, extractors) float32."""
-INDICES, SIZES, PIXELS, TRUTH = "numbers", "sizes", "pixels", "truth"
+INDICES, SIZES, PIXELS, TRUTH = "indices", "sizes", "pixels", "truth"
 """Keys in `PackedBatch.targets` for whole images.
 
 `INDICES` is the index of each image in its split, (images,) int64. `SIZES` is the height and width of each image in

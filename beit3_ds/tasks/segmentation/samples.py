@@ -77,7 +77,7 @@ class SegmentationSamples:
         return self.source.image_files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the image's path relative to its folder, without extension, as bytes.
+        """Returns the image's path relative to the source's image folder, without extension, as bytes.
 
         A resumed run recognises images by these bytes.
         """

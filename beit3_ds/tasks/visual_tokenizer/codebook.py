@@ -26,9 +26,9 @@ def start_steps(config: RunConfig, step: int) -> range:
 def mean_features(
     steps: Sequence[StepBatch], teacher: Callable[[Tensor], Tensor], mesh: Mesh, device: torch.device
 ) -> Tensor:
-    """Returns the mean of the teacher's features over all images of some steps, (features,) float32.
+    """Returns the mean of the teacher's features over all patches in some steps, (features,) float32.
 
-    The data-parallel ranks all-reduce a vector of feature sums and the number of patches.
+    The data-parallel ranks all-reduce the number of patches and the sum of each feature.
 
     Args:
         steps: this rank's samples of the steps.

@@ -15,7 +15,7 @@ from beit3_ds.layout import PARTS
 from beit3_ds.tasks.vqa.head import ANSWER_SCORES
 from beit3_ds.tasks.vqa.samples import VqaSample
 
-QUESTION_INDICES = "question_numbers"
+QUESTION_INDICES = "question_indices"
 """Key in `PackedBatch.targets`: index of each question in its split, (questions,) int64."""
 
 _IMAGES_OF_PAIRS = next(i for i, part in enumerate(PARTS) if part.modality == "vision" and part.fused_expert)
