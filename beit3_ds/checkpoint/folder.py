@@ -92,7 +92,9 @@ class CheckpointFolder:
         return task
 
     def files(self, kind: str | None = None) -> list[str]:
-        """Returns the sorted names of all files, or of one kind of files (a key of `FILE_KINDS`, or `BUFFERS`)."""
+        """Returns file names, sorted: of one kind (a key of `FILE_KINDS`, or `BUFFERS`), or of all kinds if `kind` is
+        None.
+        """
         return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
     def find_damage(self, names: Iterable[str]) -> str | None:

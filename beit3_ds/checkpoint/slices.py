@@ -96,7 +96,7 @@ def slice_range(block: TensorSlice, start: int, stop: int) -> Iterator[tuple[int
     """Divides a range of a block's elements into slices of the tensor.
 
     A range has up to three slices: the end of a row, whole rows, and the beginning of a row. Elements past the end of
-    the block are padding of the vocabulary or of ZeRO's partitions, and are omitted.
+    the block are omitted: they are padding, of the vocabulary or of ZeRO's partitions.
 
     Args:
         block: a tensor-parallel rank's block of the tensor.

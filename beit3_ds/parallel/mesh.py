@@ -102,7 +102,7 @@ class Mesh:
         return values
 
     def sum_over_model(self, values: Tensor) -> Tensor:
-        """Sums a device tensor over the ranks of one copy of the model (one all-reduce of the tensor)."""
+        """Sums a device tensor over the ranks that together hold one model. Costs one all-reduce of the tensor."""
         if self.model_parallel_size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.model_parallel_group)

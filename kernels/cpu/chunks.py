@@ -19,7 +19,7 @@ def chunk_rows(x_TD: Tensor) -> int:
 
 
 def accumulate(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Adds the parameter gradients of one chunk of rows to the totals of earlier chunks, in place.
+    """Adds the parameter gradients from one chunk of rows to the totals from earlier chunks, in place.
 
     Args:
         totals: sum of each parameter's gradients over earlier chunks. Pass an empty list for the first chunk.

@@ -90,7 +90,7 @@ class _MultiwayLinear(torch.autograd.Function):
 def ends_of(slices: Slices) -> tuple[int, ...]:
     """Returns the stop row of each expert's row range: (197, 591) for ((0, 197), (197, 591)).
 
-    Operators take row ranges in this form.
+    Operators take only the stop rows, because each range starts where the range before it ends.
     """
     return tuple([stop for _, stop in slices])
 

@@ -105,7 +105,7 @@ def _draw_sample(number: int, pixels: int) -> DetectionSample:
 
 
 class _Ours:
-    """Holds this project's detector, and batches in the detector's format."""
+    """Holds this project's detector and the batches for this detector."""
 
     def __init__(self, config: ModelConfig, samples: list[DetectionSample]) -> None:
         settings = DetectionConfig(
@@ -151,7 +151,7 @@ class _Backbone(nn.Module):
 
 
 class _Torchvision:
-    """Holds torchvision's Mask R-CNN with heads as deep as ViTDet's, and batches in torchvision's format."""
+    """Holds torchvision's Mask R-CNN, with heads as deep as ViTDet's, and the batches for this detector."""
 
     def __init__(self, config: ModelConfig, samples: list[DetectionSample]) -> None:
         pixels, backbone = config.image_size, _Backbone(config)

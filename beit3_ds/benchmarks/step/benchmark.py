@@ -38,8 +38,8 @@ def benchmark_train(
         size: model size.
         samples: number of images per step, equal to the number of pairs and to the number of texts.
         rounds: number of measured rounds.
-        pads_to_longest: whether to pad the reference's texts to the longest text of the batch. microsoft/unilm pads to
-            the limit of the data.
+        pads_to_longest: True pads the reference's texts to the longest text of the batch. False pads them to the
+            maximum text length of the data, as microsoft/unilm does.
         json_path: file for the results as JSON, with `rows` and `summary`. In `summary`, `ratio` is this project's
             samples per second divided by the reference's. `gemm_share` is the time of all matrix products of the model
             divided by the time of this project's step. `needed_gemm_share` leaves out rows that stochastic depth drops

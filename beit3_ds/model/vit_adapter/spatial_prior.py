@@ -72,8 +72,8 @@ class SpatialPrior(nn.Module):
 
         Returns:
             Three values. First, the finest map, (B, D, height / 4, width / 4). Second, the cells of the other three
-            maps in row-major order, (B, L, D), with finer maps first. Third, the numbers of rows and columns of each of
-            these three maps.
+            maps in row-major order, (B, L, D), with finer maps first. Third, for each of these three maps, its numbers
+            of rows and columns.
         """
         x1 = self.pool(self.stem3(self.stem2(self.stem1(pixels_B3HW))))
         x2 = self.conv2(x1)

@@ -80,8 +80,7 @@ def head_flops(model: ModelConfig, term_counts: Sequence[float]) -> float:
 
     Args:
         model: model configuration with the hidden size and the vocabulary sizes.
-        term_counts: number of masked positions of each of the four loss terms: image MIM, text MLM, pair MIM and pair
-            MLM.
+        term_counts: number of masked positions per loss term, in this order: image MIM, text MLM, pair MIM, pair MLM.
     """
     image_mim, text_mlm, pair_mim, pair_mlm = term_counts
     logits = (image_mim + pair_mim) * model.visual_vocab_size + (text_mlm + pair_mlm) * model.text_vocab_size

@@ -91,7 +91,7 @@ class MaskDecoder(nn.Module):
 
         Args:
             settings: the task's settings.
-            channels: number of channels of each of the four maps.
+            channels: number of channels; equal for all four maps.
         """
         super().__init__()
         parts, config = mask2former_parts(), mask2former_config(settings)

@@ -61,7 +61,7 @@ class VqaSamples:
         return len(self.questions)
 
     def files(self) -> Iterable[SourceFile]:
-        """Returns the name, size in bytes and number of samples of each annotation file of the source."""
+        """Returns the name, size in bytes and number of samples for each annotation file."""
         return self.questions.files()
 
     def image_files(self) -> Iterable[str]:
