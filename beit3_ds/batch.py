@@ -305,7 +305,10 @@ class StepBatch:
         return dataclasses.replace(self, micro_batches=tuple(batch.without_pixels() for batch in self.micro_batches))
 
     def fingerprint(self) -> str:
-        """Returns the step's index and the fingerprint of each micro-batch, by which ranks compare their samples."""
+        """Returns the step's index and each micro-batch's fingerprint as one text.
+
+        Ranks compare their texts to check that they read the same samples.
+        """
         return f"step {self.step}: {[batch.fingerprint() for batch in self.micro_batches]}"
 
     def as_value(self) -> dict[str, Any]:

@@ -150,10 +150,12 @@ class SequenceLayout(RowLayout):
         )
 
     def attention_ranges(self, window_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Returns the row ranges within which a layer attends: those of each sequence, or of each window of the images.
+        """Returns the row ranges within which a layer attends: those of each sequence, or of each window if the layer
+        has windows.
 
         Args:
-            window_size: side of the layer's windows in patches; 0 returns `sequence_ranges`.
+            window_size: side of the layer's windows in patches. A positive side requires `image_grids`; 0 returns
+                `sequence_ranges`.
         """
         return window_ranges(self.image_grids, window_size) if window_size else self.sequence_ranges
 

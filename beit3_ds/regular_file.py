@@ -13,7 +13,8 @@ def open_regular(path: str | Path, *, follow_links: bool = True) -> int:
         follow_links: whether the last part of the path may be a symbolic link.
 
     Raises:
-        OSError: if the file does not exist, or is a folder, pipe, socket or device.
+        OSError: if the file does not exist, or is a folder, pipe, socket or device. Also if it is a symbolic link and
+            `follow_links` is false.
     """
     links = 0 if follow_links else os.O_NOFOLLOW
     # Opening a pipe would wait for its other end.
@@ -36,7 +37,8 @@ def read_regular(path: str | Path, limit: int, *, follow_links: bool = True) -> 
         follow_links: whether the last part of the path may be a symbolic link.
 
     Raises:
-        OSError: if the file is larger than `limit`, does not exist, or is a folder, pipe, socket or device.
+        OSError: if the file is larger than `limit`, does not exist, is a folder, pipe, socket or device, or is a
+            symbolic link while `follow_links` is false.
     """
     with open(open_regular(path, follow_links=follow_links), "rb") as file:
         is_longer = os.fstat(file.fileno()).st_size > limit

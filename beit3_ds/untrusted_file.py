@@ -1,4 +1,4 @@
-"""Reads files of tensors from other projects without running code in them."""
+"""Reads tensors from the files of other projects without running code in these files."""
 
 import argparse
 import os

@@ -25,7 +25,7 @@ WAIT_SECONDS = 120.0
 a crashed host for 90 s."""
 SILENT_SECONDS = 8.0
 """Seconds without a sign of life after which the holder of a lock counts as gone. Used where the file system does not
-show whether the lock is still held. An NFS client may see a new file time several seconds late."""
+show whether the lock is still held. An NFS client may notice a changed modification time several seconds late."""
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 0.6  # wait before the first message, so that a new holder can write its name
@@ -51,17 +51,17 @@ class WriterLock:
     lock when the process ends in any way. An NFS server also releases the locks of a crashed host. One of two kinds of
     lock is used:
 
-    * flock on a file that is open for reading only, which still permits remounting the disk read-only. Forked processes
-      inherit such a lock, and a data worker that outlives its rank would keep the lock. Forked processes therefore
-      close the file.
-    * A POSIX record lock, if the file system requires a writable file for flock, as NFS does. A process loses a record
-      lock when any of its code opens and closes the file. A thread of the holder therefore takes the lock again every
+    * flock on a lock file that is open for reading only, which still permits remounting the disk read-only. Forked
+      processes inherit such a lock, and a data worker that outlives its rank would keep the lock. Forked processes
+      therefore close the lock file.
+    * A POSIX record lock, if flock requires a file that is open for writing, as on NFS. A process loses a record lock
+      when any of its code opens and closes the lock file. A thread of the holder therefore takes the lock again every
       second.
 
-    A thread of the holder also updates the file's time every second, as a sign of life. If another process wants the
-    lock, it is refused at once while the holder shows signs of life and is not stopping. Otherwise, the other process
-    waits for the lock for at most `WAIT_SECONDS`. On file systems without locks, only the sign of life shows that there
-    is a holder.
+    A thread of the holder also updates the time of the lock file every second, as a sign of life. A process that wants
+    the lock is refused at once while the holder shows signs of life and is not stopping. Otherwise, the process waits
+    for the lock for at most `WAIT_SECONDS`, and fails if the lock is still taken. On file systems without locks, only
+    the sign of life shows that there is a holder.
     """
 
     def __init__(

@@ -164,7 +164,9 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Packs a bundle. Returns the exit status: 0, or 2 if the user made a mistake, which is printed."""
+    """Packs a bundle and returns the exit status. The status is 0 on success. After a mistake of the user, an error
+    message is printed and the status is 2.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--architecture", choices=_ARCHITECTURES, default="sm_90", help="default: sm_90 (H100, H200)")

@@ -19,7 +19,7 @@ def reset_peak() -> None:
 
 
 def status_bytes(pid: int | str, field: str) -> int:
-    """Returns a size from a process's status file, such as "VmHWM", in bytes; 0 if the process has ended."""
+    """Returns a size such as "VmHWM" from a process's status file, in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

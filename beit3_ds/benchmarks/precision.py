@@ -47,9 +47,10 @@ def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
 
 
 def measure_precision(num_layers: int, width: int, micro_batches: int) -> list[GradientError]:
-    """Measures the gradient error on the CPU, with residual stream and gradient sums in bf16 or float32.
+    """Measures the gradient error on the CPU for four combinations of dtypes.
 
-    All combinations use the same weights and batches.
+    The residual stream is either bf16 or float32, and the gradient sums are either bf16 or float32. All combinations
+    use the same weights and batches.
     """
     config = _narrow_config(num_layers, width)
     weights = PretrainingModel(config.model)

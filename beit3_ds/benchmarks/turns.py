@@ -97,8 +97,8 @@ def serve_turns(prepare: Callable[[int], Turn], orders: Iterable[str], answers: 
     returned are written after these figures.
 
     Args:
-        prepare: builds a batch, and returns a function to time and facts about the batch; called outside the measured
-            time.
+        prepare: builds a batch outside the measured time. Returns a tuple: the function to time, and facts about the
+            batch.
         orders: lines with one batch number each.
         answers: open text file for the figures, one line of JSON per turn.
     """

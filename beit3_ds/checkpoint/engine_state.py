@@ -217,8 +217,8 @@ class EngineState:
         Args:
             read: function that returns a float32 slice of a tensor in `local_tensors`. It is called for the weights,
                 moments and averages of the elements that this rank owns. Under ZeRO-1 and 2, and in bf16 without ZeRO,
-                it is also called for all weights of the blocks in `local_tensors`, because the model and the optimizer
-                store separate weights.
+                the model stores its own copy of the weights. In these cases, `read` is also called for all of the
+                model's weights on this rank.
             optimizer_step: AdamW's count of updates, used for bias correction.
         """
         self._load_weights(read, set(self._parameters))
@@ -303,7 +303,7 @@ class EngineState:
                 self._parameters[fragment.name].data.view(-1).copy_(fragment.weight)
 
     def _gather_persistent(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-        """All-gathers the parameters that ZeRO-3 keeps whole on every rank between steps."""
+        """All-gathers the changed shards of the parameters that ZeRO-3 keeps whole on every rank between steps."""
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()

@@ -92,8 +92,10 @@ class CheckpointFolder:
         return task
 
     def files(self, kind: str | None = None) -> list[str]:
-        """Returns file names, sorted: of one kind (a key of `FILE_KINDS`, or `BUFFERS`), or of all kinds if `kind` is
-        None.
+        """Returns the names of the checkpoint's files in sorted order.
+
+        Args:
+            kind: kind of the files, either `BUFFERS` or a key of `FILE_KINDS`; None selects all files.
         """
         return sorted(name for name in self.index.files if kind is None or name.startswith(f"{kind}-"))
 
@@ -281,7 +283,9 @@ def is_own_checkpoint(path: Path) -> bool:
 
 
 def left_over_paths(folder: Path) -> list[Path]:
-    """Returns the temporary subfolders of `folder` that remain from interrupted saves or deletions of this program."""
+    """Returns the temporary subfolders of `folder` that remain after this program was interrupted while it saved or
+    deleted a checkpoint.
+    """
     found = [path for path in folder.glob(".*-step-*") if _LEFT_OVER.fullmatch(path.name)]
     return [path for path in found if _holds_only(path, lambda name: _FILE_NAME.fullmatch(name) is not None)]
 

@@ -181,7 +181,10 @@ def _read_rows(folder: Path, index: Index) -> Rows:
 
 
 def _parse_rows(pieces: Mapping[str, Sequence[Any]]) -> Rows:
-    """Converts the pieces in an index of format 1, which are lists of rank, top, bottom, left and right."""
+    """Converts the pieces in an index of format 1 to an array.
+
+    In the index, each piece is a list of rank, top, bottom, left and right.
+    """
     rows = list(chain.from_iterable(pieces.values()))
     if {type(row) for row in rows} - {list} or {len(row) for row in rows} - {_COLUMNS}:
         raise BrokenIndexError(f"a piece is not a list of {_COLUMNS} values")

@@ -1,4 +1,7 @@
-"""Compares the optimizer's weights, which a checkpoint saves, with the model's weights, before anything is written."""
+"""Compares the optimizer's weights with the model's weights before a checkpoint is written.
+
+A checkpoint saves the optimizer's weights.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple

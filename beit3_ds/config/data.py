@@ -238,7 +238,7 @@ class DataConfig:
             )
 
     def source_names(self, split: Split = "validation") -> dict[str, list[str]]:
-        """Returns the short names of the sources in one split (see `short_source_names`), by the name of the stream."""
+        """Maps the name of each stream to the short names of its sources in one split (see `short_source_names`)."""
         streams = self.streams().items()
         return {name: short_source_names([source.path for source in getattr(of, split)]) for name, of in streams}
 

@@ -84,7 +84,8 @@ class ModelConfig:
     """Stochastic-depth rate of the last block (paper, appendix: 0.1). The rates rise linearly from 0 in the first
     block."""
     text_vocab_size: Vocabulary = 64010
-    """Number of rows of the word embedding and of the MLM head. The reference pads its 64002 ids to 64010."""
+    """Number of rows of the word embedding and of the MLM head. Microsoft's BEiT-3 code has 64002 token ids, padded to
+    64010 rows."""
     visual_vocab_size: Vocabulary = 8192
     """Number of classes of the MIM head; must equal the visual tokenizer's `codebook_size`."""
     max_text_length: Annotated[int, Range(4, 2**18)] = 128

@@ -35,7 +35,7 @@ def load_task_section(mapping: Any, where: str) -> TaskConfig:
         where: dotted name of the section, for messages.
 
     Raises:
-        ConfigError: if the section is not an object, or its name is not a string or is empty.
+        ConfigError: if the section is not an object, or the value of its key `name` is not a string or is empty.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a JSON object, got {show(mapping)}.")

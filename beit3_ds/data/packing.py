@@ -113,11 +113,13 @@ def stack_views(views: Sequence[Tensor], size: int) -> Tensor:
 
 
 def stack_colors(colors: Sequence[Tensor | None]) -> Tensor | None:
-    """Stacks the parameters of the images' colour changes to (images, 3, 3); returns None if no image has any.
+    """Stacks the parameters of the images' colour changes to (images, 3, 3); returns None without colour changes.
+
+    Either all images have colour changes, or none has.
 
     Args:
-        colors: for each image, one row (factor, weight, offset) for each of three colour changes, (3, 3)
-            (`pixels.change_colors`); None for an image without colour changes.
+        colors: colour changes of each image, (3, 3): one row (factor, weight, offset) per change
+            (`pixels.change_colors`). None for an image without colour changes.
     """
     found = [change for change in colors if change is not None]
     assert len(found) in (0, len(colors)), "either all images of a batch have changes of colours, or none has"

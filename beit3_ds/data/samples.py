@@ -94,7 +94,9 @@ class ImagesOfSource:
         return self.source.files()
 
     def identity(self, index: int) -> bytes:
-        """Returns the name of a sample without folders, as bytes; a resumed run recognises the sample by this name."""
+        """Returns the part of a sample's name after the last slash, as bytes. A resumed run recognises the sample by
+        these bytes.
+        """
         return os.path.basename(self.source.name(index)).encode("utf-8", "surrogatepass")
 
     def name(self, index: int) -> str:

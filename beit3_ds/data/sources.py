@@ -59,15 +59,15 @@ class ConcatSources(Generic[SourceT]):
 def check_no_sample_twice(sources: Sequence[SourceConfig], must_exist: bool = True) -> None:
     """Checks that no two sources of one stream use the same samples.
 
-    Two sources must not share a file or a folder. However, sources with different values of `split` may share a file,
-    because they share no sample.
+    Two sources must not share a file or a folder, unless both set `split` and the values differ. Different splits share
+    no sample. A source's folder must never be inside another source's folder.
 
     Args:
         sources: sources of one stream, such as all sources of image-text pairs.
         must_exist: whether a pattern without a matching file is an error.
 
     Raises:
-        ConfigError: if two sources share a file, a folder is inside another one, or a pattern matches no file.
+        ConfigError: if two sources break these rules, or if `must_exist` is True and a pattern matches no file.
     """
     for split in {source.split for source in sources}:  # sources with different splits of one file share no sample
         paths = [source.path for source in sources if source.split in (split, "")]

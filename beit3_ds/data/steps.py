@@ -1,4 +1,4 @@
-"""Builds one rank's micro-batches of an optimizer step; they depend only on the step, the config and the data."""
+"""Builds one rank's micro-batches of an optimizer step. A step can be built without the steps before it."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

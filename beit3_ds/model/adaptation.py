@@ -63,7 +63,7 @@ _DECOUPLED = re.compile(r"(.*\.attention\..*|norm\..*)_(vision|language)")
 _EXPERT = re.compile(r"blocks\.(\d+)\.ffn\..*?_(vision_language|vision|language)")
 _RELATIVE_POSITION = re.compile(r"blocks\.(\d+)\.attention\.relative_position\.(rows|columns)")
 _TOKENS = frozenset({"embeddings.cls_token", "embeddings.mask_token"})
-"""Names of the embedding tensors that do not exist in a model with `dense`."""
+"""Names of the embedding tensors that do not exist in a model whose `ModelConfig.dense` is set."""
 _TABLES = {
     "vision": frozenset(
         f"embeddings.{name}" for name in ("patch.weight", "patch.bias", "cls_token", "mask_token", "image_position")
@@ -161,8 +161,8 @@ class AdaptedWeights:
     def _resample(self, name: str, tensor: Tensor) -> Tensor:
         """Resizes a tensor whose shape depends on the sizes of images, patches, windows or texts.
 
-        If the two configurations have equal sizes, the tensor is returned unchanged, so that a wrong shape is detected
-        later.
+        If these sizes are equal in the stored configuration and in `model`, the tensor is not resized, so that a wrong
+        shape is detected later. If only `model` sets `dense`, the position of the CLS token is removed in any case.
         """
         stored = self._weights.model
         if name == IMAGE_POSITION:
@@ -199,7 +199,9 @@ class AdaptedWeights:
         return name
 
     def _is_dropped(self, name: str) -> bool:
-        """Returns whether the model has no use for a stored tensor, for example for an expert that the model lacks."""
+        """Returns whether the model does not use a stored tensor, for example because the model lacks the tensor's
+        expert.
+        """
         if name.startswith("norm.") and not self.model.final_norm:
             return True
         if name in _TOKENS or _RELATIVE_POSITION.fullmatch(name):

@@ -21,7 +21,7 @@ class StepFeatures(NamedTuple):
     forward pass."""
 
     def take(self, kept: slice) -> "StepFeatures":
-        """Returns features with the rows of the samples in `kept`; the shared tensors are unchanged."""
+        """Returns features that contain only the samples in `kept`; `shared` is unchanged."""
         return StepFeatures({name: x[kept] for name, x in self.rows.items()}, self.shared)
 
 

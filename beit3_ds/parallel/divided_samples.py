@@ -29,7 +29,7 @@ class DividedSamples:
 
     @property
     def own(self) -> slice:
-        """Returns the indices of this rank's samples. The numbers of samples of two ranks differ by at most one."""
+        """Returns the indices of this rank's samples. The sample counts of any two ranks differ by at most one."""
         count, size, rank = len(self.row_counts), self.tensor.size, self.tensor.rank
         return slice(count * rank // size, count * (rank + 1) // size)
 

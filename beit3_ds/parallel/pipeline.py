@@ -19,8 +19,9 @@ class PipelineParallel:
     """Describes this rank's pipeline stage and the process groups between stages. A single stage sends nothing.
 
     The stages form a ring. Activations go to the next stage, and with several model chunks per stage also from the last
-    stage to the first. Gradients go in the opposite direction. Each kind and direction of message has its own process
-    group, so two neighbours can send to each other at the same time.
+    stage to the first. Gradients go in the opposite direction. With several stages, these messages use four process
+    groups. Activations and gradients use different groups. Messages to a higher stage number and messages to a lower
+    stage number also use different groups. Two neighbours can therefore send to each other at the same time.
     """
 
     ranks: tuple[int, ...] = (0,)
@@ -28,7 +29,7 @@ class PipelineParallel:
     rank: int = 0
     """Stage of this rank, from 0."""
     channels: Mapping[ChannelKey, dist.ProcessGroup] = field(default_factory=dict)
-    """Process group for each kind and direction of message; accepts device tensors only."""
+    """Process group for each kind and direction of message. The groups accept device tensors only."""
     host: HostGroup = field(default_factory=HostGroup)
     """Group of this pipeline's stages, in order, for values in host memory."""
 

@@ -110,8 +110,9 @@ class TensorParallel:
     def scatter_rows(self, x: Tensor) -> Tensor:
         """Splits the rows of a replicated tensor over the ranks, and returns this rank's rows.
 
-        With sequence parallelism, the backward pass all-gathers all rows, including padding. Without sequence
-        parallelism, returns `x` unchanged.
+        With sequence parallelism, rows are padded with zeros to the same number on every rank. The backward pass
+        all-gathers the gradients of all ranks' rows and removes the padding. Without sequence parallelism, returns `x`
+        unchanged.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 
@@ -135,8 +136,9 @@ class TensorParallel:
     def reduce_scatter_to(self, x: Tensor) -> Tensor:
         """Sums the partial results of all ranks, and returns this rank's rows of the sum.
 
-        With sequence parallelism, the forward pass reduce-scatters and the backward pass all-gathers all rows,
-        including padding. Without sequence parallelism, calls `reduce_from`.
+        With sequence parallelism, the forward pass reduce-scatters all rows, including padding. The backward pass
+        all-gathers the gradients of all rows and removes the padding. Without sequence parallelism, returns all rows
+        (`reduce_from`).
         """
         return _ReduceScatterTo.apply(x, self) if self.divides_rows else self.reduce_from(x)
 

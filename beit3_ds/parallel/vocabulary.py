@@ -25,7 +25,7 @@ class VocabParallelEmbedding(nn.Module):
     """Looks up embeddings in a table whose rows are split over tensor-parallel ranks.
 
     The forward pass all-reduces the embeddings of all tokens, and the backward pass does not communicate. Only the
-    padding of `weight` is initialized.
+    padding rows of `weight` are initialized: they are 0.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tensor: TensorParallel) -> None:

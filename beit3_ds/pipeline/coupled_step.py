@@ -88,15 +88,17 @@ class CoupledStep:
 
 
 def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: Mesh) -> Tensor:
-    """Returns the sum of each loss term on the first data-parallel rank, and zeros on the other ranks, (terms,).
+    """Sums each loss term over the features of all data-parallel ranks.
 
-    Each sum is over the features of all data-parallel ranks, which this function gathers. All data-parallel ranks of
-    the last stage must call this function.
+    This function gathers the features. All data-parallel ranks of the last stage must call it.
 
     Args:
         step_loss: function that computes the sum of each loss term over a whole step.
         micro_batches: features of this rank's batches, at least one.
         mesh: mesh of all ranks.
+
+    Returns:
+        The sums on the first data-parallel rank, zeros on the other ranks, (terms,).
     """
     whole, _ = gather_features(micro_batches, mesh)
     return _share(step_loss(whole), mesh)

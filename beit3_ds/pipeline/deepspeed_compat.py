@@ -70,10 +70,10 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 
 @contextmanager
 def zero1_adds_up_in_float32() -> Iterator[None]:
-    """Context manager in which engines are built with ZeRO's own optimizer instead of BF16_Optimizer.
+    """Makes DeepSpeed use ZeRO's own optimizer instead of BF16_Optimizer for engines built in the `with` block.
 
     DeepSpeed chooses BF16_Optimizer for ZeRO-1 with bf16 and float32 gradient sums. BF16_Optimizer ignores
-    `overlap_comm` and `reduce_bucket_size`.
+    `overlap_comm` and `reduce_bucket_size`. ZeRO's own optimizer also adds up gradients in float32.
     """
     chosen = DeepSpeedEngine._do_optimizer_sanity_check
 
@@ -115,10 +115,10 @@ def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
 
 
 def backward(engine: DeepSpeedEngine, loss: Tensor, *, is_last: bool) -> None:
-    """Runs one backward pass; a step's forward and backward passes may run in any order.
+    """Runs one backward pass, even if no forward pass ran since the previous backward pass.
 
-    ZeRO clears its flags for a backward pass only at the start of a forward pass. In 1F1B, backward passes may follow
-    each other, so this function clears the flags.
+    ZeRO keeps flags during a backward pass, and clears them only when a forward pass starts. In 1F1B, backward passes
+    may follow each other, so this function clears the flags.
 
     Args:
         engine: DeepSpeed engine with gradient accumulation 1.

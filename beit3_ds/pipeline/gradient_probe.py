@@ -20,8 +20,8 @@ class GradientProbe:
     def watch(self, leaves: Iterable[Tensor]) -> None:
         """Registers hooks that sum the elements of each leaf tensor's gradient.
 
-        Call this method before hooks that change the gradient are registered, because hooks run in the order of
-        registration.
+        Hooks run in the order of registration. Therefore, call this method first, and only then register hooks that
+        change the gradient.
         """
         for leaf in leaves:
             leaf.register_hook(self._note)

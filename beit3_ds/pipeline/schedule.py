@@ -78,8 +78,9 @@ class Schedule:
 
         Args:
             micro_batches: micro-batches of the step, at least one; equal on all stages of a pipeline.
-            loss_factors: factor on the sum of each loss term, (K,) float32. Each factor divides by the term's count in
-                the whole step, so the gradient does not depend on how the step is divided into micro-batches.
+            loss_factors: factor on the sum of each loss term, (K,) float32. Each factor is inversely proportional to
+                the term's count in the whole step, so the gradient does not depend on how the step is divided into
+                micro-batches.
             prepare: function applied to each micro-batch before its first use.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Measures how long this rank works without waiting for other ranks."""
+"""Measures the time that this rank spends on its own work. Waiting for other ranks does not count."""
 
 import time
 from collections.abc import Iterator

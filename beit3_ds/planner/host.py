@@ -151,7 +151,8 @@ class _Kind(NamedTuple):
 
     stage: int
     views: str
-    """Resized copies of images that the rank reads: "both", "model" or "tokenizer"; empty if it reads no data."""
+    """Which resized copies of each image the rank needs: "model", "tokenizer" or "both"; empty if the rank reads no
+    data."""
 
 
 def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:

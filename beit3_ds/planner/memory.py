@@ -174,7 +174,9 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
 
 
 def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
-    """Returns the bytes saved for the norms and stochastic-depth factors of one branch: attention or FFN."""
+    """Returns the bytes of the tensors that one branch (attention or FFN) keeps for the backward pass of its norms and
+    stochastic depth.
+    """
     model, size, ranks = rank_model.config.model, rank_model.element_size, rank_model.tensor.size
     own = _own_rows(rank_model, rows)
     kept = own * (model.hidden_size * rank_model.stream_size + 2 * _STATISTIC + rank_model.stream_size * drops)
@@ -231,7 +233,7 @@ def _head_activations(rank_model: RankModel, workload: Workload) -> int:
 
 
 def _kept_logits(rank_model: RankModel, rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the bytes of the logit buffers, and of each row's maximum logit per vocabulary tile."""
+    """Returns the bytes of the logit buffers plus those of the maximum logits, one per row and vocabulary tile."""
     tiles = divide_for_cpu(rows, rank_model.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
     return rows * (tiles.num_buffers * tiles.stride + len(tiles.columns)) * _STATISTIC
 

@@ -1,4 +1,4 @@
-"""Simulates which parameters DeepSpeed's ZeRO-3 gathers, and when, without any tensors."""
+"""Simulates which parameters DeepSpeed's ZeRO-3 gathers, and when; the simulation uses no tensor data."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterable

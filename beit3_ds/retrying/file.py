@@ -31,7 +31,7 @@ class RetryingFile:
         self._missing = b""
         self._start: int | None = None
         """Size of the file in bytes before the first attempt to append the unwritten bytes; None before any attempt. A
-        failed attempt may have appended some of these bytes."""
+        failed attempt may have appended a part of the unwritten bytes."""
         self._replaces = False
         """Whether the unwritten bytes replace the whole file, instead of being appended."""
         self.has_failed = False

@@ -28,9 +28,10 @@ def find_meeting_address(launch: Launch) -> str:
 
     Normally this is MASTER_ADDR or its IP address. There are two special cases:
 
-    - MASTER_ADDR resolves to a loopback address (Debian writes 127.0.1.1 into /etc/hosts). The function returns this
-      loopback address if all ranks run on this host, if MASTER_ADDR is the address itself or `localhost`, or if this
-      host has no outer IPv4 address. Otherwise, it returns this host's only outer IPv4 address.
+    - MASTER_ADDR resolves to a loopback address, for example because Debian maps a host's own name to 127.0.1.1. The
+      function assumes that rank 0 runs on this host. It returns the loopback address if all ranks run on this host, if
+      MASTER_ADDR is the loopback address itself or `localhost`, or if this host has no outer IPv4 address. Otherwise,
+      it returns this host's only outer IPv4 address.
     - This rank is rank 0, and MASTER_ADDR resolves to another host's address. The function returns this host's only
       outer IPv4 address.
 

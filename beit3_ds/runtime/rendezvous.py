@@ -281,7 +281,7 @@ class Rendezvous:
         return description["host"] == self._host and description["parent"] != self._parent and not is_late
 
     def _refuse(self, store: KeyedStore, error: str) -> NoReturn:
-        """Sends an error message to all ranks, and raises an error with this message on rank 0.
+        """Sends an error message from rank 0 to the other ranks, and then raises an error with this message.
 
         Raises:
             ConfigError: always.

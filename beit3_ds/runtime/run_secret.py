@@ -26,8 +26,8 @@ def read_secret(named: str | None, output_dir: str | None) -> bytes:
         output_dir: output folder, on storage that all hosts share.
 
     Raises:
-        ConfigError: if both arguments are None, or if the file cannot be read or created, belongs to a user other than
-            this one or root, is accessible to other users, or is too short.
+        ConfigError: if both arguments are None, or if the file cannot be read or created, is too short, is accessible
+            to other users, or belongs neither to the current user nor to root.
     """
     if named is None and output_dir is None:
         raise ConfigError(

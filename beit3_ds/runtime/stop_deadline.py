@@ -60,9 +60,10 @@ class StopDeadline:
         self._phase_since, self._activity = time.monotonic(), activity
 
     def limit_all(self, phase: str, consequence: str) -> None:
-        """From now on, a stop signal limits all work of this rank, not only its waits for other ranks.
+        """Sets a time limit for all work of this rank after a stop signal, not only for its waits for other ranks.
 
-        Call this method when this rank has no more state to save.
+        The limit is `STOP_SECONDS`, counted from this call or from the stop signal, whichever is later. Call this
+        method when this rank has no more state to save.
 
         Args:
             phase: name of the next part of the program, for messages, such as "the report".

@@ -174,7 +174,14 @@ class Watchdog:
             self._end_process(Failure(f"{self._describe(0)} does not answer: it holds the store where ranks meet"))
 
     def _share_stop_signal(self, shared: str) -> None:
-        """Forwards this rank's stop signal to all ranks, or records another rank's stop signal."""
+        """Shares a stop signal among all ranks through the store.
+
+        If the store holds a stop signal, this rank records it. Otherwise, this rank writes its own stop signal to the
+        store, if it has received one.
+
+        Args:
+            shared: number of the stop signal in the store, or `_NONE`.
+        """
         if shared != _NONE:
             self._signals.record(int(shared))
         elif self._signals.is_any_received():

@@ -22,7 +22,7 @@ from beit3_ds.tasks.result_page import ShownSample
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """Describes which samples a rank reads, and whether it needs model inputs or targets."""
+    """Describes which samples a rank reads, whether it needs model inputs, and whether it needs targets."""
 
     data_parallel_rank: int
     """Rank in the data-parallel group; ranks of this group read different samples."""

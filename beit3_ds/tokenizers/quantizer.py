@@ -1,4 +1,5 @@
-"""Defines the codebook of the visual tokenizer, with nearest codes by cosine similarity and moving-average updates.
+"""Defines the codebook of the visual tokenizer. Cosine similarity selects the nearest codes; moving averages update the
+codes.
 
 Follows BEiT v2 (Peng et al., 2022, arXiv:2208.06366, sec. 2.2 and 3.1), after VQ-VAE (van den Oord et al., 2017,
 arXiv:1711.00937, appendix A.1).
@@ -123,7 +124,9 @@ def _nearest(vectors_MC: Tensor, codebook_VC: Tensor) -> Tensor:
 
 
 def _totals(vectors_MC: Tensor, codes_M: Tensor, num_codes: int) -> Tensor:
-    """Returns the sum of the vectors per code and, in the last column, their number, (codes, width + 1)."""
+    """Returns one row per code, (codes, width + 1): the sum of the code's vectors, then the number of the code's
+    vectors.
+    """
     ones_M1 = vectors_MC.new_ones(len(vectors_MC), 1)
     totals = vectors_MC.new_zeros(num_codes, vectors_MC.shape[1] + 1)
     return totals.index_add_(0, codes_M, torch.cat([vectors_MC, ones_M1], dim=1))

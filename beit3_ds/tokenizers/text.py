@@ -63,8 +63,8 @@ class TextTokenizer:
     """Converts texts to token ids and back, with the ids of the released BEiT-3.
 
     Ids 0 to 3 are `<s>` (BOS, also the CLS token of a text), `<pad>`, `</s>` (EOS) and `<unk>`. The id of any other
-    piece is its SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. A pickled copy does
-    not need the file.
+    piece is its SentencePiece id + 1. `<mask>` is the last id, for example 64001 with 64000 pieces. A pickled copy
+    contains the SentencePiece model, so unpickling reads no file.
 
     Attributes:
         bos_id: id of `<s>`.

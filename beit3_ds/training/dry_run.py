@@ -36,7 +36,7 @@ def describe_dry_run(
     The model is built on the meta device. The description ends with modelled tables:
 
     * memory and traffic of each pipeline stage (`planner.describe_stages`)
-    * cost of float32, only in a bf16 run (`planner.describe_precision`)
+    * comparison of float32 and bf16, only in a bf16 run (`planner.describe_precision`)
     * what a node needs besides GPUs (`planner.describe_host`)
 
     For a task without BEiT-3, the memory of a rank's training state (`planner.model_state`) replaces the first two

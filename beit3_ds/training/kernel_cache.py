@@ -86,7 +86,9 @@ def fill_cache(
 
 
 def launch_kernels(config: RunConfig) -> None:
-    """Trains and predicts on a small batch, so that each kernel of the run is launched. Results are undefined."""
+    """Trains and predicts on a small batch, so that each kernel of the run is launched. The computed values have no
+    meaning.
+    """
     shared = config.model.num_vision_language_layers
     model_config = replace(config.model, num_layers=2, num_vision_language_layers=min(1, shared))
     task = build_task(replace(config, backbone=model_config))

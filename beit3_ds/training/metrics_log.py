@@ -39,7 +39,7 @@ class MetricsLog:
     def records(self) -> list[dict[str, Any]]:
         """Returns all valid records, including those that could not be written yet.
 
-        Other lines are ignored, such as a last line that was cut off when the process was killed.
+        Lines that are not valid records are ignored, such as a last line that was cut off when the process was killed.
         """
         return [record for record in map(_parse, self._lines()) if record is not None]
 

@@ -66,7 +66,7 @@ class ModelEvaluator:
             yield name, self.weights.read(name).float()
 
     def mean_terms(self, source_names: SourceNames) -> dict[str, float]:
-        """Returns the mean of each loss term over the `validation` batches of all ranks (`evaluate`). All ranks must
-        call this method.
+        """Returns the mean of each loss term over the `validation` batches of all ranks, as `evaluate` does. All ranks
+        must call this method.
         """
         return evaluate(self.schedule, self.validation, self.prepare, self.terms, self.mesh, self.device, source_names)

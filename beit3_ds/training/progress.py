@@ -124,9 +124,10 @@ class Progress:
         return list(zip(steps, self.mesh.host.sum(losses).tolist(), strict=True))
 
     def report(self, step: int) -> dict[str, Any]:
-        """Returns the interval's losses, speeds and other values over all ranks, and starts a new interval.
+        """Returns the interval's losses, speeds and other values, and starts a new interval.
 
-        The result is a record for metrics.jsonl. Memory and waiting time are those of this rank.
+        The result is a record for metrics.jsonl. Losses and speeds are those of all ranks. Memory and waiting time are
+        those of this rank.
 
         Args:
             step: number of steps done.

@@ -21,7 +21,7 @@ class StepFeed:
 
         Args:
             steps: this rank's steps, from `first_step` on.
-            activity: record of this rank's current phase, which is updated.
+            activity: record of this rank's current phase; `fetch` updates the record.
             first_step: index of the first step in `steps`; the first step of a run has index 0.
         """
         self._steps: Iterator[StepBatch] = iter(steps)

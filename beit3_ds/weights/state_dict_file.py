@@ -1,4 +1,4 @@
-"""Writes a torch file with a state dict, without all tensors in memory."""
+"""Writes a state dict to a torch file without holding all tensors in memory."""
 
 import os
 import tempfile

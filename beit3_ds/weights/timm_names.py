@@ -13,7 +13,7 @@ _FFN = {"norm2": "norm", "mlp.fc1": "fc1", "mlp.norm": "sub_norm", "mlp.fc2": "f
 def timm_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Maps each tensor name of timm to one or several names of this project.
 
-    If there are several names, timm's tensor is the concatenation of these tensors along the rows.
+    If there are several names, timm's tensor is the concatenation of the named tensors along the first dimension.
     """
     shared = config.attention_experts[0]  # "shared" or "vision"
     names: dict[str, tuple[str, ...]] = {

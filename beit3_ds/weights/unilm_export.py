@@ -23,11 +23,13 @@ from beit3_ds.weights.unilm_names import (
 def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTensor]:
     """Plans all tensors of unilm's state dict, including the task head of the weights.
 
-    unilm's model has two branches, A and B, and no vision-language expert. A model with vision-language experts
-    therefore needs two exports:
+    unilm's model has two branches, A and B, and no vision-language expert. For a model with vision-language experts, no
+    single export is exact for all inputs:
 
     * "dual" is exact for single images and single texts: A is the vision expert and B the language expert.
     * "fusion" is exact for image-text pairs: in the top blocks, A and B are equal copies of the vision-language expert.
+
+    For a model without vision-language experts, "dual" is exact for all inputs.
 
     Tensors with the prefix `EXTRA_PREFIX` get their original keys.
 
@@ -36,8 +38,9 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
         fusion: whether to plan the "fusion" export instead of the "dual" export.
 
     Raises:
-        ConfigError: if `fusion` is true and the model has no vision-language experts. Also if `fusion` is false and the
-            model has vision-language experts and accepts only pairs, because a "dual" export is not exact for pairs.
+        ConfigError: if `fusion` is true and the model has no vision-language experts, or if `fusion` is false and the
+            model has vision-language experts and accepts only pairs. In a model that accepts only pairs, the top blocks
+            have neither vision nor language experts.
     """
     has_fused_expert = any("vision_language" in reader.model.experts(layer) for layer in range(reader.model.num_layers))
     if fusion and not has_fused_expert:

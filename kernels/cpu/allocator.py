@@ -27,8 +27,8 @@ class Allocator:
         """Makes this process keep freed memory for later allocations, if the training runs on a CPU under Linux.
 
         Without this call, freed pages return to the operating system, which zeroes them again in the next step. After
-        the call, this allocator uses its own memory mapping, if the operating system grants one. PyTorch's other
-        tensors still come from glibc, which no longer returns freed memory to the operating system.
+        the call, this allocator creates tensors in its own memory mapping, if the operating system grants one. Tensors
+        that PyTorch itself creates still come from glibc, which no longer returns freed memory to the operating system.
 
         Args:
             device: device of the training. If the device is not a CPU, the function does nothing.

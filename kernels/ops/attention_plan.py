@@ -64,7 +64,9 @@ class AttentionPlan(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """Holds attention kernels' tables: the rows of Q sequences, and how N tiles divide these sequences."""
+    """Holds two tables for attention kernels: the packed rows of each sequence, and the sequence and start of each
+    tile.
+    """
 
     sequences_Q4: Tensor
     """Four numbers per sequence, (Q, 4) int32: first row and length of the first range, then of the second range. The

@@ -21,8 +21,10 @@ from beit3_ds.kernels.prepared import Prepared
 from beit3_ds.kernels.triton.architecture import EMULATED, is_on_gpu
 
 Backend = Literal["auto", "triton", "library", "cuda"]
-"""Which implementations operators use on a GPU. `triton`: this project's Triton kernels. `library`: PyTorch's
-operations, which call cuBLAS and cuDNN. `cuda`: this project's CUDA C++ kernels. `auto`: the fastest of all."""
+"""Implementations that operators prefer on a GPU. `triton`: this project's Triton kernels. `library`: PyTorch's
+operations, which call cuBLAS and cuDNN. `cuda`: this project's CUDA C++ kernels. `auto`: for each operator, the fastest
+implementation that supports the arguments. If the preferred implementation does not support the arguments, an operator
+uses another one (`_ORDER`)."""
 
 Name = Literal["triton", "cuda", "varlen", "library"]
 """Name of an implementation. `varlen` is PyTorch's variable-length attention; the other names are as in `Backend`."""
@@ -143,8 +145,8 @@ class MeasuredOp:
                 argument is a tensor. A `Prepared` implementation is prepared again only for new dtypes, sizes or flags.
             on_cpu: function for tensors on a CPU. With None, tensors on a CPU also use one of `implementations`.
             accepts: functions that return whether an implementation supports given arguments, by the implementation's
-                name. An implementation without such a function supports all arguments. The function may also check, at
-                the first use, that the implementation computes correct results.
+                name. Such a function may also check, at the first use, that the implementation computes correct
+                results. An implementation without such a function supports all arguments.
             mutates: indices of arguments that an implementation overwrites. Measurements use copies of these arguments.
             ignores: indices of arguments that do not affect the speed.
             rehearse: function that converts an implementation to the function that is timed, for example to time the

@@ -1,9 +1,11 @@
-"""Computes queries, keys and values of several experts, each from its own rows of one packed tensor.
+"""Computes queries, keys and values of several experts; each expert has its own rows of one packed tensor.
 
 The layers for queries, keys and values have separate parameters. On a GPU, one launch of a kernel from
-`triton/multiway_qkv.py` computes all layers and experts. If one cuBLAS product per layer and expert is faster, cuBLAS
-is used instead (`measured_op`). The backward pass launches one kernel for the input gradient, which is a sum over the
-three layers, and one kernel for all weight gradients.
+`triton/multiway_qkv.py` computes all layers and experts. The backward pass launches one kernel for the input gradient,
+which is a sum over the three layers, and one kernel for all weight and bias gradients. For small layers, a second
+kernel adds partial sums of the weight and bias gradients. If one cuBLAS product per layer and expert is faster, cuBLAS
+is used instead (`measured_op`). This choice is separate for the forward pass, the input gradient and the weight
+gradients.
 """
 
 # T packed rows, D input width, F output width of each layer; an expert owns rows [start, stop).

@@ -237,10 +237,11 @@ def _backward_cpu(
 def _normalize_cpu(
     x_RF: Tensor, form: _Form, i: int, keeps_activated: bool = False
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """Returns GELU(x), LN(GELU(x)), and a list [mean, 1 / standard deviation] per chunk of rows, for expert `i`.
+    """Returns GELU(x), LN(GELU(x)) and the statistics of LN for expert `i`.
 
-    Without `form.gelu`, GELU is left out. Without `form.norm`, LN is left out, and the list is empty. Unless
-    `keeps_activated` is true, LN(GELU(x)) overwrites GELU(x).
+    The statistics are a list with one entry [mean, 1 / standard deviation] per chunk of rows. Without `form.gelu`, GELU
+    is left out. Without `form.norm`, LN is left out, and there are no entries. Unless `keeps_activated` is true,
+    LN(GELU(x)) overwrites GELU(x).
     """
     norm = form.norm
     n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF

@@ -23,7 +23,7 @@ from beit3_ds.kernels.ops.self_check import TrustedKernels
 
 
 class SubNorm(NamedTuple):
-    """Holds one LayerNorm per expert, and the collectives for P ranks that divide the columns of a row."""
+    """Holds one LayerNorm per expert, and the collectives of P ranks. Each rank has a part of every row's columns."""
 
     scales: Sequence[Tensor]
     """One scale (F,) per expert, for the F columns of this rank."""

@@ -133,9 +133,10 @@ def find_excess(report: Report, budget: Report | None, architecture: int) -> lis
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compiles variants, prints the properties of the machine code, and compares the properties with the budgets.
+    """Compiles kernel variants, prints the properties of the machine code, and compares the properties with the
+    budgets.
 
-    With the option --write, stores the properties as new budgets instead.
+    With the option --write, stores the properties as new budgets instead of comparing them.
 
     Returns:
         Exit status: 1 if the comparison finds a problem (`find_excess`), else 0.

@@ -1,4 +1,4 @@
-"""Determines whether a tensor is on a GPU, real or emulated, and which GPU architecture's kernel settings apply."""
+"""Determines whether a tensor is on a real or emulated GPU, and which GPU architecture's kernel settings apply."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

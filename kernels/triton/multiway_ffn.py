@@ -50,8 +50,8 @@ def gelu(x):
 def order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
     """Returns the row tile and the column tile that the Triton program with index `program` computes.
 
-    Consecutive programs compute the same column tile of up to GROUP row tiles. They read the same values for these
-    columns, such as weights, which then stay in the L2 cache.
+    Up to GROUP consecutive programs have the same column tile and different row tiles. The values that they all read,
+    such as the weights of these columns, then stay in the L2 cache.
     """
     first = program // (GROUP * num_column_tiles) * GROUP
     size = tl.minimum(num_row_tiles - first, GROUP)

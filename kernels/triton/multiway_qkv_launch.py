@@ -102,7 +102,8 @@ def variants(architecture: int) -> list[KernelVariant]:
 def _for_layers(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """Extends the parameters of the query, key and value layers to NUM_EXPERTS parameters per layer.
 
-    Each layer has one parameter per expert. The parameter of the layer's last expert is repeated.
+    Each layer has one parameter per expert. With fewer than NUM_EXPERTS experts, the last parameter of each layer is
+    repeated.
     """
     num_experts = len(parameters) // NUM_LAYERS
     layers = [parameters[start : start + num_experts] for start in range(0, len(parameters), num_experts)]

@@ -29,8 +29,8 @@ NUM_LAYERS = 3
 
 SUM_BLOCK = SumBlock(512, 4)
 """Block size for adding the weight gradients of an expert's shares. A share is a range of the expert's rows. There are
-few shares, and each gradient has many columns: one per element of the weight, and with a bias gradient also one per
-element of the bias."""
+few shares, but each share's gradient has many columns: one per element of the weight. If bias gradients are computed,
+each element of the bias has a column too."""
 
 _MOST_SHARES = 16
 _ROUNDING = 64
@@ -152,8 +152,8 @@ def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants that are compiled ahead of time, for the layers of the base, large and giant models.
 
     The giant model's FFN layers are compiled with every candidate for the tile sizes. All other layers are compiled
-    only with the first candidate. The default tests compile only the giant model's FFN layers with the first candidate,
-    for sm_90.
+    only with the first candidate. The default tests compile fewer variants: the giant model's FFN layers with the first
+    candidate, for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in products.SIZES:

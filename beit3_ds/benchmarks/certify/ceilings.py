@@ -29,7 +29,7 @@ def measure(recorder: Recorder) -> None:
 
 
 def measured_flops(recorder: Recorder) -> float | None:
-    """Returns the highest rate of bfloat16 products in FLOP/s, as last recorded; None if no rate has been recorded."""
+    """Returns the last recorded peak rate of bfloat16 matrix products in FLOP/s; None if no rate has been recorded."""
     lines = ResultsFile(recorder.folder / "results.jsonl").read()
     rates = [line["tflops"] for line in lines if line.get("item") == HALF_PRODUCT and "tflops" in line]
     return rates[-1] * 1e12 if rates else None

@@ -32,7 +32,9 @@ class Timing(NamedTuple):
         return statistics.median(self.milliseconds)
 
     def describe(self) -> dict[str, float]:
-        """Returns the median, the minimum, the maximum and the host's time, in milliseconds by name."""
+        """Returns four times in milliseconds, by name: the median, minimum and maximum time of a call, and the host's
+        time.
+        """
         low, high = min(self.milliseconds), max(self.milliseconds)
         return {"ms": self.median, "min_ms": low, "max_ms": high, "host_ms": self.host_milliseconds}
 

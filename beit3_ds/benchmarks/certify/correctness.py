@@ -100,7 +100,10 @@ def _kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Non
 
 
 def _passes(check: Callable[[], None]) -> dict[str, Any]:
-    """Runs a self-check, and returns whether all results are right. Errors of compilation or launch are not caught."""
+    """Runs a self-check; returns whether it passed and, if not, what is wrong.
+
+    Errors of compilation or launch are not caught.
+    """
     with CHOICES.fixed("triton"), torch.enable_grad():
         try:
             check()

@@ -49,7 +49,7 @@ def _launch_kernels() -> dict[str, Any]:
 
 
 def plan_commands(folder: Path, num_gpus: int) -> dict[str, Commands]:
-    """Returns the commands to run for each measurement of the section, by the measurement's name.
+    """Returns the commands to run for each measurement of this section of `beit3 certify`, by the measurement's name.
 
     Args:
         folder: folder for the output of the training runs.

@@ -82,7 +82,7 @@ def certify(
 
 
 def describe_plan(plan: Sequence[Section] = PLAN) -> str:
-    """Returns a text that lists the sections in order, with estimated seconds on a GPU and time limits."""
+    """Returns a text that lists the sections in order, each with its time limit and its estimated seconds on a GPU."""
     lines = [
         f"{section.name:12} about {section.seconds:4} s, at most {section.limit:4} s: {section.title}"
         for section in plan

@@ -189,7 +189,10 @@ def _measure(
     measured: float | None,
     data_sheet: float | None,
 ) -> dict[str, Any]:
-    """Trains a few steps to compile and warm up, then times further steps, which do not wait for the GPU in between."""
+    """Trains until the step is compiled and warm, then times groups of further steps.
+
+    The host waits for the GPU only before and after each group.
+    """
     config = model.config()
     batch = timed_batch(config, device)
     kind = kind_of(device)

@@ -1,4 +1,7 @@
-"""Runs one rank of the checkpoint benchmark, which times this project's and DeepSpeed's saving and loading in turn."""
+"""Runs one rank of the checkpoint benchmark, and measures either saving or loading.
+
+In each round, this project and DeepSpeed are measured one after the other.
+"""
 
 import ctypes
 import dataclasses

@@ -41,11 +41,11 @@ class Peak(NamedTuple):
 def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
     """Returns the given model size, or the largest size that fits into memory and on the disk.
 
-    To predict memory, the function measures the smaller sizes in `_MEASURED`, and assumes that memory is linear in the
-    number of parameters.
+    To predict the memory of a size, the function measures the sizes in `_MEASURED` that are smaller. It assumes that
+    memory is linear in the number of parameters.
 
     Raises:
-        ConfigError: if the size is unknown or does not fit.
+        ConfigError: if the given size is unknown or does not fit, or if no size fits.
     """
     free = _available_bytes(), shutil.disk_usage(folder).free
     reason = f"{free[0] / 2**30:.1f} GiB of memory and {free[1] / 2**30:.0f} GiB of disk are free"

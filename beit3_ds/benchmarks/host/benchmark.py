@@ -49,7 +49,10 @@ def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
 
 
 def _time_steps(rounds: int) -> list[Round]:
-    """Trains with and without ZeRO-3 in turn, each in its own process. The first two rounds only warm up."""
+    """Trains with and without ZeRO-3 in turn, in two processes, and returns the figures of `rounds` rounds.
+
+    Two warm-up rounds run first; their figures are dropped.
+    """
     rows: list[Round] = []
     workers: dict[str, TurnProcess] = {}
     try:

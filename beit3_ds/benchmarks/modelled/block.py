@@ -77,18 +77,19 @@ def _forward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, gelu: bool) -> OpTime:
-    """Models the times of an output projection, including the sub-LN before it and the addition of the residual after
-    it.
+    """Models the time of an output projection before the project's code was optimized, and the time with the current
+    code.
 
-    This project's kernel adds the residual to the product. With cuBLAS, a separate pass adds the residual.
+    Both times include the sub-LN before the projection and the addition of the residual after the projection. This
+    project's kernel adds the residual to the product. With cuBLAS, a separate pass adds the residual.
 
     Args:
         name: name of the op.
         rates: assumed rates of kernels.
-        shape: sizes of the block. Without `sub_layernorm`, no sub-LN is computed.
+        shape: sizes of the block. If `shape.sub_layernorm` is False, no sub-LN is computed.
         width: input width of the projection.
-        gelu: whether the input is the output of GELU, as in the FFN. If true, the time before the optimization contains
-            no pass for the statistics of sub-LN, because the up projection computed them.
+        gelu: whether the input is the output of GELU, as in the FFN. If True, `OpTime.before` contains no pass for the
+            statistics of sub-LN, because the kernel of the up projection computed the statistics.
     """
     flops, stream = 2 * shape.rows * width * shape.hidden, shape.rows * shape.hidden * shape.stream_size
     joined = rates.pass_seconds(2 * stream + shape.rows * shape.hidden * _SIZE)

@@ -28,7 +28,7 @@ _SAMPLES = 16  # images, and the same number of pairs and texts
 
 
 class StepVariant(NamedTuple):
-    """Describes one way to run the measured step: number of processes, threads and ZeRO stage."""
+    """Describes one way to run the measured step: number of processes, threads per process, and ZeRO stage."""
 
     name: str
     """Name of the variant in the table."""

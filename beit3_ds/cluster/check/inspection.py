@@ -91,7 +91,8 @@ class Inspection:
     answers: tuple[Answers, ...]
     """Answers of each host, in the order of the hostfile."""
     master_address: str | None
-    """Address that DeepSpeed would choose as MASTER_ADDR: the first address of the first host."""
+    """Address that DeepSpeed would choose as MASTER_ADDR: the first address of the first host. None if no address of
+    this host is known."""
     named_master: Mapping[str, dict[str, Any]]
     """Result of each host's test connection to the first host. The test uses the first host's name instead of its
     address. Keys are the names of the connecting hosts. A result has the two addresses of the connection, or an error.

@@ -329,7 +329,7 @@ def _interface_of(address: str) -> str | None:
 def _owner_of(port: int) -> str | None:
     """Returns the id and command of the process that listens on a port.
 
-    None if this user may not see the process.
+    Returns None if no process listens on the port, or if this user may not see the process.
     """
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):

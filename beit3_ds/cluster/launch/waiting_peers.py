@@ -14,7 +14,8 @@ class WaitingPeers:
 
     If there are too many channels, the IPv4 address or IPv6 /64 network with the most channels loses its oldest
     channel. So a stranger who opens many connections from one network usually displaces only connections from that
-    network. A rank's guard that loses its connection in this way connects again.
+    network. If a guard (the parent process of a rank's training process) loses its connection in this way, the guard
+    connects again.
     """
 
     def __init__(self, most: int) -> None:

@@ -65,7 +65,9 @@ def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: froze
 
 
 def storage_error(path: str, error: OSError, attempts: int) -> StorageError:
-    """Builds the `StorageError` that ends a run after `attempts` failed reads of `path`."""
+    """Builds the `StorageError` that ends a run because `path` cannot be read. The message contains the number of
+    attempts if there was more than one.
+    """
     times = "" if attempts == 1 else f" in {attempts} attempts"
     return StorageError(
         f"data: host {socket.gethostname()} cannot read {printable(path)}{times}: {error.strerror or error}. The "

@@ -23,8 +23,8 @@ NO_IMAGE = -1
 class AnnotatedImages:
     """Reads the samples of an annotation file, one sample per caption: an image with five captions is five samples.
 
-    Memory use: 16 bytes plus the caption per sample, and 8 bytes plus the path per image. Line numbers take 8 more
-    bytes per sample.
+    Memory use: 16 bytes plus the caption per sample, and 8 bytes plus the path per image. If the file is read line by
+    line, line numbers take 8 more bytes per sample.
     """
 
     def __init__(

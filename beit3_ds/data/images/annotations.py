@@ -37,7 +37,8 @@ def read_coco_captions(annotations: str, folder: str) -> AnnotatedImages:
     """Reads COCO Captions (Chen et al., 2015, arXiv:1504.00325): one sample per annotation, in the order of the file.
 
     Args:
-        annotations: JSON object with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`).
+        annotations: path of the annotation file. It holds a JSON object with `images` (`id`, `file_name`) and
+            `annotations` (`image_id`, `caption`).
         folder: folder that contains the images, such as `train2014`.
 
     Raises:
@@ -87,8 +88,9 @@ def read_sbu_captions(captions: str, folder: str) -> AnnotatedImages:
     """Reads SBU Captions (Ordonez et al., 2011): one caption per row. The corpus's list of URLs is not needed.
 
     Args:
-        captions: text file with one caption per line, or `.json` file with an object that has the list `captions`.
-        folder: folder of images whose file names are row numbers; subfolders are searched too.
+        captions: text file with one caption per line, or `.json` file with an object that has the list `captions`. Each
+            line or list entry is a row.
+        folder: folder of images whose file names are row numbers, counted from 0; subfolders are searched too.
 
     Raises:
         ConfigError: if a file cannot be read or does not have this form, or the folder has no images.
@@ -153,7 +155,7 @@ def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None
 def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Finds the rows that have an image. The file name of an image is the number of its row.
 
-    Counts an image in `samples` as skipped if its name is not a number or its row already has an image.
+    Skips an image if its name is not a number or its row already has an image. `samples` counts the skipped images.
 
     Returns:
         The numbers of the rows in ascending order, and for each of these rows, the index of its image in `paths`.

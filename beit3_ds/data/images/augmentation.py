@@ -100,7 +100,8 @@ def build_augmentation(config: RunConfig, flip_probability: float) -> Augmentati
 
     Args:
         config: config of the run.
-        flip_probability: probability of a horizontal flip, which may differ between images and pairs.
+        flip_probability: probability of a horizontal flip. It is not taken from `config`, because images and pairs have
+            different settings there.
     """
     tokenizer_image_size = config.tokenizers.visual.image_size
     return Augmentation(

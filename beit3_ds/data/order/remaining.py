@@ -17,8 +17,8 @@ _BLOCK = 128
 """Number of samples per block of a `SourceSubset`. To find one sample, the whole block is computed."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""First sample number for sources that were removed from the config. Each of these sources reserves this many numbers.
-"""
+"""Length of the range of sample numbers reserved for each source that was removed from the config. The lowest such
+range starts at this value, above all sample numbers of the stream."""
 
 Bounds = Callable[[int], tuple[int, int]]
 """Maps a source's id to the source's first sample number in the stream, and to one past the last."""
@@ -34,8 +34,7 @@ class RemainingSamples(Protocol):
         """Converts indices in this set to sample numbers of the stream; argument and result are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends the JSON descriptions of the sets that form this set to `nodes`, and then the description of this
-        set.
+        """Appends JSON descriptions to `nodes`: first of the sets that form this set, then of this set itself.
 
         Returns:
             Index in `nodes` of this set's description, which is the last element.
@@ -142,7 +141,7 @@ class SourceSubset:
     bounds: tuple[tuple[int, int], ...]
     """First sample number of each kept source, and one past its last sample number."""
     _counts: NDArray[np.int64] = field(init=False)
-    """Number of kept samples before each block, followed by the total."""
+    """Number of kept samples before each block of _BLOCK samples of `whole`, followed by the total."""
 
     def __post_init__(self) -> None:
         counts = [0]
@@ -196,8 +195,8 @@ def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
 
     Args:
         nodes: result of `to_nodes`.
-        bounds: function that takes the id of a source, and returns the source's current first sample number and one
-            past its last. For a removed source, the function returns the result of `gone_bounds`.
+        bounds: function that takes the id of a source. It returns the source's current first sample number, and its
+            current last sample number plus one. For a removed source, it returns the result of `gone_bounds`.
     """
     built: list[RemainingSamples] = []
     for kind, *values in nodes:

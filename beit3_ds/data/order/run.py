@@ -130,8 +130,9 @@ class RunOrder:
         )
 
     def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
-        """Computes a stream's position after `step` steps, for a checkpoint that stores no position of the stream.
-        Returns None if a source of the stream is missing or the stream was not used.
+        """Computes a stream's position after `step` steps, for a checkpoint that stores no positions at all.
+        Returns None if the checkpoint's run did not use the stream, or if a source of the stream is no longer in the
+        config.
         """
         stream = before["data"][name]
         found = {source.path: source for source in self._found[name]}

@@ -18,11 +18,11 @@ class StreamOrder:
     """Computes which samples of a stream follow a stored position, over any number of epochs."""
 
     def __init__(self, position: StreamPosition) -> None:
-        """Stores the position from which calls of the object count their offsets.
+        """Stores the position at which this order starts; offset 0 is the first sample after this position.
 
         Raises:
-            ValueError: if the counts in the position contradict the samples that the position describes, for example
-                after an edit of the checkpoint.
+            ValueError: if the position contradicts itself, for example after an edit of the checkpoint: the number of
+                remaining samples is wrong, or more samples are taken than remain.
         """
         self.position = position
         self._remaining = [position.remaining(number) for number in range(len(position.sets))]
@@ -36,8 +36,9 @@ class StreamOrder:
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the epochs and the sample numbers at given offsets from the stored position.
 
-        With weights, the epoch counts passes over the sample's source; without weights, it counts passes over the whole
-        stream. Sample numbers start with the samples of source 0, followed by source 1, and so on.
+        If the stream has sampling weights, the epoch counts passes over the sample's source. Otherwise, it counts
+        passes over the whole stream. Sample numbers start with the samples of source 0, followed by source 1, and so
+        on.
 
         Args:
             since: offsets in samples, (n,) int64.

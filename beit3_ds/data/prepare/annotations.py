@@ -12,21 +12,22 @@ from beit3_ds.data.sources import annotation_files, count_missing_images, read_a
 
 
 def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
-    """Parses a run's annotation files, except those in a task's own format, and writes one table per file into
-    `cache_dir`.
+    """Parses the annotation files of a run's sources, and writes one table per source into `cache_dir`.
 
-    Existing tables are rewritten, because an image folder may contain new images.
+    Sources in a task's own format are skipped. Existing tables are rewritten, because an image folder may contain new
+    images.
 
     Args:
         config: data section of the run's config; `cache_dir` must be set.
-        verify: whether to compare existing tables with the files instead of rewriting them.
+        verify: whether to compare existing tables with the files instead of rewriting them. Missing tables are written
+            in any case.
 
     Returns:
-        One summary line, and one line per source with missing images. Empty if there are no annotation files.
+        One summary line, and one line per source with missing images. Empty if there are no tables to write or verify.
 
     Raises:
-        ConfigError: if a file cannot be read, a folder contains none of the images, or `verify` finds a table that
-            differs from its files.
+        ConfigError: if a file cannot be read, a folder contains none of the images, or `verify` finds a table that no
+            longer fits the annotation files or the image folder.
     """
     assert config.cache_dir is not None, "tables need data.cache_dir"
     tables = {source_table(source, config.cache_dir): source for source in _annotated_sources(config)}

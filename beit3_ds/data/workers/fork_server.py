@@ -20,7 +20,7 @@ def start_fork_server(preload: str) -> None:
     """Starts the server process that forks the worker processes; does nothing if the server is running.
 
     A direct fork of this process would copy locked locks and make CUDA unusable. The server and its workers block stop
-    signals, because ranks still need the workers to finish a step.
+    signals, because a rank needs its workers until the current step is finished.
 
     Args:
         preload: module that the server imports once for all workers.

@@ -183,7 +183,9 @@ class _Workers(Generic[RequestT, ItemT]):
         return request, WaitTimer(self._limits), self.processes[worker].cpu_ticks()
 
     def receive(self, worker: int, request: RequestT) -> ItemT:
-        """Waits until a worker has answered its oldest request; returns the item."""
+        """Waits until a worker has answered `request`, and returns the item. `request` must be the worker's oldest
+        unanswered request.
+        """
         timer = WaitTimer(self._limits)
         while (reply := self.poll(worker, request, timer, POLL_SECONDS)) is None:
             pass

@@ -112,8 +112,8 @@ class WorkerProcess:
             seconds: maximum wait in seconds; 0 does not wait.
 
         Returns:
-            The reply; None if no complete reply has arrived. None may come before the maximum wait, if only a part of
-            the reply or the worker's start message arrived.
+            The reply, or None if no complete reply has arrived. The wait also ends early with None if the worker's
+            start message or an incomplete reply arrives.
 
         Raises:
             WorkerDiedError: if the worker ended without a reply.

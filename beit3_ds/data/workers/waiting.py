@@ -100,14 +100,15 @@ class ReaderThread:
         """Calls `function` in the thread; returns the result or raises the exception of the call.
 
         Args:
-            function: function without arguments. It continues to run in the thread if the wait ends early.
+            function: function without arguments. If the wait ends with an error listed below, the function continues to
+                run in the thread.
             limits: limits of the wait.
             what: function that returns the name of the awaited item.
-            is_start: whether the wait includes the start of a process; the limit is then at least two minutes.
+            is_start: whether the wait includes the start of a process. If true, the time limit is at least two minutes.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
-            DataTimeoutError: after `limits.seconds`.
+            DataTimeoutError: if the time limit is reached: `limits.seconds`, or the larger limit with `is_start`.
         """
         if self._thread is None:
             # A daemon thread does not keep the process alive.

@@ -93,7 +93,7 @@ def resample_table(table_SD: Tensor, side: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _resampling_weights(old: int, new: int) -> Tensor:
-    """Returns the float64 matrix (new, old) that resamples one side bicubically."""
+    """Returns the float64 matrix (new, old) that resamples one axis of a grid bicubically."""
     columns = F.interpolate(
         torch.eye(old, dtype=torch.float64)[None, :, :, None], (new, 1), mode="bicubic", align_corners=False
     )

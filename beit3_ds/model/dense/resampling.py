@@ -12,7 +12,7 @@ from beit3_ds.model.dense.relative_positions import covered_extent, resample_dis
 from beit3_ds.positions import interpolate_positions
 
 PATCH_WEIGHT = "embeddings.patch.weight"
-"""Name of the patch projection kernel, whose shape depends on `patch_size`."""
+"""Name of the patch projection's weight. The shape of this weight depends on `patch_size`."""
 
 
 def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -> Tensor:

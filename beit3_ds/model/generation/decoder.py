@@ -93,8 +93,8 @@ class CaptionDecoder:
         """Keeps the cached keys and values of the images in `order`, and drops the other images. Call `select` next.
 
         Args:
-            order: current index of each image to keep; the image `order[p]` gets the index p. The caller must leave
-                each kept image whose index is below len(order) at this index. Only images with larger indices may move.
+            order: current index of each image to keep; the image `order[p]` gets the index p. Kept images with an index
+                below len(order) must keep their index. Only kept images with a larger index may move.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):

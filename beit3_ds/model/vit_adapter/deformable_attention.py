@@ -93,7 +93,7 @@ def grid_places(sizes: Sequence[GridSize], device: torch.device) -> Tensor:
         device: device of the result.
 
     Returns:
-        Column and row of each centre, in row-major order, one grid after the other, (cells, 2) float32.
+        Position (x, y) of each centre, in row-major order, one grid after the other, (cells, 2) float32.
     """
     places = []
     for rows, columns in sizes:

@@ -18,7 +18,7 @@ _EPSILON = 1e-6
 
 
 class Geometry(NamedTuple):
-    """Holds the sizes of the patch grid and the pyramid maps, and the centres of their cells."""
+    """Holds the sizes and the cell centres of the patch grid and of the pyramid maps."""
 
     patches: GridSize
     """Rows and columns of the patch grid."""

@@ -343,9 +343,9 @@ def read_objects(path: str, folder: str, *, with_masks: bool) -> AnnotatedObject
 
 
 def _entries(path: str) -> Iterator[tuple[str, Any]]:
-    """Yields the member's name and the entry, for each entry of 'images', 'categories' and 'annotations'.
+    """Yields (list name, entry) for each entry of the lists 'images', 'categories' and 'annotations' in a JSON file.
 
-    The member 'annotations' may be missing.
+    The list 'annotations' may be missing.
     """
     try:
         yield from iterate_json_lists(path, "images", "categories", "annotations")

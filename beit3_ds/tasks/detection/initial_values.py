@@ -17,11 +17,16 @@ matches counts."""
 def head_initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
     """Returns the initial value of a weight of `DetectionHead`; None for norms and biases.
 
-    `initialize_parameters` sets weights of norms to 1, and biases to 0. Output layers are normal with a small standard
-    deviation. Linear layers are uniform with variance 1 / inputs. Other convolutions follow Kaiming's normal
-    distribution with `mode="fan_out"`. These scales keep the magnitude of features independent of the head's width. The
-    convolutions of the proposal network are initialised like other convolutions. ViTDet uses a fixed standard deviation
-    of 0.01 there, but features of a narrow head would then vanish.
+    `initialize_parameters` sets weights of norms to 1, and biases to 0. The distribution of the other weights depends
+    on the layer:
+
+    - Output layers are normal with a small standard deviation.
+    - Linear layers that are not output layers are uniform with variance 1 / inputs.
+    - Convolutions that are not output layers follow Kaiming's normal distribution with `mode="fan_out"`.
+
+    These scales keep the magnitude of features independent of the head's width. ViTDet initialises all convolutions of
+    the proposal network with a fixed standard deviation of 0.01. This function does so only for the output layers,
+    because features of a narrow head would otherwise vanish.
 
     Args:
         name: name of the parameter within the head, such as `boxes.stages.0.linear.weight`.

@@ -1,4 +1,4 @@
-"""Packs training images with objects, or evaluation views of images, into a micro-batch."""
+"""Packs training images and their objects, or evaluation views of images, into a micro-batch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

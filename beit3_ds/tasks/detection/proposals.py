@@ -103,7 +103,7 @@ class ProposalNetwork(nn.Module):
         return LevelOutputs(tuple(levels), nothing)
 
     def anchors(self, outputs: LevelOutputs, sizes: Sequence[Size]) -> list[ImageAnchors]:
-        """Returns the anchors of each image with the network's outputs for them.
+        """Returns each image's anchors, and the network's outputs for these anchors.
 
         Args:
             outputs: outputs of `forward` for the same images.

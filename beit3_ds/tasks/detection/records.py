@@ -94,8 +94,8 @@ def make_record(detections: Detections, size: Size) -> DetectionRecord:
 def whole_mask(mask_SS: Tensor, box_4: Tensor, size: Size) -> Tensor:
     """Resamples a mask inside a box to the whole image, (height, width) bool.
 
-    The probability is interpolated bilinearly at the centre of each pixel. A pixel is true if the value is at least
-    0.5.
+    The probability is interpolated bilinearly at the centre of each pixel in the box. A pixel is true if this value is
+    at least 0.5. Pixels outside the box are false.
 
     Args:
         mask_SS: probability that each cell of the box belongs to the object, (S, S).

@@ -27,7 +27,7 @@ OBJECTS_FORMAT = "coco_objects"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DetectionSample:
-    """Holds one view of an image with its objects for training, or all views of an image for an evaluation."""
+    """Holds one training view of an image and the objects in the view, or all evaluation views of an image."""
 
     name: str
     """Annotation file, image id and image path, for messages."""
@@ -126,8 +126,9 @@ def open_objects(source: SourceConfig, settings: DetectionConfig, *, needs_image
     With `needs_images`, also checks that all images exist.
 
     Raises:
-        ConfigError: if a file cannot be read, an image is missing, or an annotation is invalid; the message names the
-            file and the id.
+        ConfigError: if `source` lacks 'images', or has 'annotations' or 'split'; if a file cannot be read, an image is
+            missing, or an entry of the annotation file is invalid. For an invalid entry, the message names the
+            annotation file and the entry.
     """
     if not source.images:
         raise ConfigError(

@@ -34,9 +34,9 @@ class ImagenetConfig:
     drawn from the distribution Beta(a, a), where a is this value. 0 disables mixup (Microsoft's BEiT-3 code: 0.8)."""
     cutmix: MixingStrength = 0.0
     """Strength of CutMix, which pastes a rectangle of a second image (Yun et al., 2019, arXiv:1905.04899). The first
-    image's share is drawn from the distribution Beta(a, a), where a is this value. 0 disables CutMix (Microsoft's
-    BEiT-3 code: 1.0). If `mixup` and `cutmix` are above 0, each mixed image uses one of the two methods at random, with
-    equal probability."""
+    image's share is drawn from the distribution Beta(a, a), where a is this value. 0 disables CutMix; Microsoft's
+    BEiT-3 code uses 1.0. If `mixup` and `cutmix` are both above 0, each mixed image uses one of the two methods at
+    random, with equal probability."""
     mixing_probability: Share = 1.0
     """Probability that a training image is mixed with another image of the same source."""
 

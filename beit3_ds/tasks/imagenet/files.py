@@ -4,7 +4,9 @@
 |---|---|
 | folder | topmost folder in the image's path: `n01440764/n01440764_10026.JPEG` |
 | tars | last folder in the path; else number in `KEY.cls`; else name up to `_`: `n01440764_10026.jpg` |
-| JSON lines | objects with `image` (path in the folder) and `class` (class key) |
+| JSON lines | value of `class`; the value of `image` is the image's path in the folder of images |
+
+The number in `KEY.cls` is a class label. Every other entry in the right column is a class key (`ImageClass.key`).
 """
 
 import os

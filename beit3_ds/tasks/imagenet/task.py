@@ -86,8 +86,8 @@ class Imagenet(Task):
 
         Raises:
             ConfigError: if `data.texts` does not contain exactly one class file, or `data.texts.samples_per_step` does
-                not fit the head. The head "linear" requires 0. The head "names" requires 1 to `task.num_classes`. With
-                mixup or cutmix, it requires exactly `task.num_classes`.
+                not fit the head. The head "linear" requires 0. The head "names" requires 1 to `task.num_classes`
+                without mixup and cutmix, and exactly `task.num_classes` with either of them.
         """
         super().__init__(config)
         _check_class_source(config)

@@ -93,8 +93,8 @@ def mask_words(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Corrupts a text for masked language modeling, word by word.
 
-    `words` tells which pieces start a word; a word lasts until the next such piece. Every EOS is a word. If a text
-    begins within a word, the rest of this word counts as a word.
+    `words` tells which ids start a word. A word lasts until the next word starts. Every EOS is a word, including an EOS
+    between documents. If a text begins within a word, the rest of this word counts as a word.
 
     Words are chosen at random. Their total number of tokens is as near as possible to the number that `mask_tokens`
     would predict; the smaller total wins a tie. At least one word is chosen. If there are several words, at least one

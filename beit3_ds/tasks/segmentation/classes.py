@@ -39,7 +39,13 @@ def read_class_names(config: RunConfig, path: str, num_classes: int) -> tuple[st
 
 
 def find_names_file(config: RunConfig, path: str) -> str:
-    """Returns the path of the file with class names; an empty string if there is none (`read_class_names`)."""
+    """Returns the path of the file with class names, or an empty string if there is none.
+
+    Args:
+        config: the run's configuration.
+        path: path of the file. An empty path selects the objectInfo150.txt of the first `ade20k` source with such a
+            file.
+    """
     if path:
         return path
     for source in config.data.images.sources:

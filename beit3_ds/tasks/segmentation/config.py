@@ -11,8 +11,8 @@ from beit3_ds.model.vit_adapter import AdapterConfig
 IGNORED = 255
 """Value of pixels without a class in uint8 maps of class indices."""
 MAX_CLASSES = 254
-"""Maximum number of classes. ADE20K's label maps store class + 1 in one byte per pixel: 0 means no class, and the value
-255 (`IGNORED`) is not allowed."""
+"""Maximum number of classes. ADE20K's label maps store class + 1 in one byte per pixel, and 0 where a pixel has no
+class. The byte 255 is not allowed."""
 _GROUPS = 32
 
 

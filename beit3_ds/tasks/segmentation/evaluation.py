@@ -21,7 +21,7 @@ from beit3_ds.tasks.segmentation.sliding import SlidingWindows
 
 
 class ShownImage(NamedTuple):
-    """Holds an image of a result page with true and predicted classes."""
+    """Holds the pixels, true classes and predicted classes of an image that a result page shows."""
 
     number: int
     """Index of the image in its split."""

@@ -87,11 +87,11 @@ class MaskDecoder(nn.Module):
     """
 
     def __init__(self, settings: SegmentationConfig, channels: int) -> None:
-        """Builds the decoders with uninitialised parameters.
+        """Builds the pixel decoder and the query decoder with uninitialised parameters.
 
         Args:
             settings: the task's settings.
-            channels: number of channels; equal for all four maps.
+            channels: number of channels; equal for all four feature maps that `forward` takes.
         """
         super().__init__()
         parts, config = mask2former_parts(), mask2former_config(settings)

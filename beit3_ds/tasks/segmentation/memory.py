@@ -64,7 +64,8 @@ def _prior(model: ModelConfig, adapter: AdapterConfig, element_size: int) -> int
 def _interactions(model: ModelConfig, adapter: AdapterConfig, element_size: int, *, recomputes: bool) -> int:
     """Returns the bytes of activations that autograd keeps for all injectors and extractors.
 
-    With recomputation, autograd keeps only the inputs of these modules, and the last outputs.
+    With recomputation, autograd keeps only the patches and pyramid rows before each interaction and after the last
+    interaction.
     """
     hidden, patches, coarser = model.hidden_size, model.num_patches, _coarser(model)
     width, number = adapter.value_size(hidden), adapter.num_interactions

@@ -27,13 +27,13 @@ def score_folder(path: str, sources: Sequence[LabelMaps], num_classes: int) -> C
 
     Args:
         path: folder of the predictions.
-        sources: images of the split; images without a label map are left out.
+        sources: images of the split. Images without a label map need a prediction too, but are not scored.
         num_classes: number of classes.
 
     Raises:
-        ConfigError: if the folder cannot be read, lacks an image, or has a PNG of another image. Also if a prediction
-            or a label map is broken, has another size, or holds a value that is no class; the message then names the
-            file.
+        ConfigError: if the folder cannot be read, lacks the prediction of an image, or has a PNG without an image in
+            the split. Also if a prediction or a label map is broken, has another size, or holds a value that is no
+            class; the message then names the file.
     """
     folder = open_folder(path)
     images = [(source, index) for source in sources for index in range(len(source))]

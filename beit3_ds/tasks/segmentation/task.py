@@ -65,9 +65,10 @@ class SegmentationRankTask(RankTask):
         return metrics
 
     def draw_sample(self, sample: Any) -> ShownSample | None:
-        """Makes pictures of a training crop and of its labels, in colours and with a legend.
+        """Makes two pictures of a training crop: the crop itself, and its labels drawn over it in colours, with a
+        legend.
 
-        Pixels without a label are black. Returns None if `sample` is not a training crop.
+        In the second picture, pixels without a label are black. Returns None if `sample` is not a training crop.
         """
         if not isinstance(sample, LabelledCrop):
             return None
@@ -119,7 +120,7 @@ class Segmentation(Task):
         return SegmentationHead(model, tensor, self.settings, self.config.training.activation_checkpointing)
 
     def build_model(self, tensor: TensorParallel | None = None, layers: Sequence[range] | None = None) -> StageModel:
-        """Builds the whole model, with uninitialised parameters; `layers` must be all layers."""
+        """Builds all layers of the model, uninitialised; `layers` must be None or contain all layers."""
         training = self.config.training
         return SegmentationModel(
             self.build_head,

@@ -49,7 +49,7 @@ class TokenizerModel(VisualTokenizer, StageModel):
         self.load_state_dict(drawn.state_dict(), strict=False)
 
     def recompute_blocks(self) -> None:
-        """Makes the backward pass recompute every block, which saves memory and adds a third of the compute."""
+        """Makes the backward pass recompute every block. This saves memory, and adds about a third of the compute."""
         self.encoder.recompute_blocks = self.decoder.recompute_blocks = True
 
     def forward(

@@ -27,7 +27,10 @@ class TokenizerView(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerViews(ImageSourceSamples):
-    """Prepares images with the crops, flips and colours of pretraining, where the tokenizer will be used."""
+    """Prepares images for the visual tokenizer.
+
+    The field `views` is the augmentation of pretraining, or a center crop for validation images.
+    """
 
     def prepare(self, index: int, key: SampleKey) -> TokenizerView:
         """Reads and augments sample `index` of the source; `key` seeds the augmentation.

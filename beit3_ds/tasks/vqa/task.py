@@ -33,9 +33,10 @@ class VqaRankTask(RankTask):
     """List of possible answers; None on ranks that read no questions."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, folder: ResultFolder | None) -> dict[str, float]:
-        """Answers all questions of a split; returns the metrics, or none if a source has no answers from people.
+        """Answers all questions of a split and returns the metrics.
 
-        The metrics are the official accuracies in percent, and the means of the loss and of the target scores.
+        The metrics are the official accuracies in percent, and the means of the loss and of the target scores. The
+        result is empty if a source has questions without answers from people.
 
         Questions whose answers are not in the answer list also count, although the model cannot answer them.
         Microsoft's BEiT-3 code leaves such questions out and can therefore report a higher accuracy.
