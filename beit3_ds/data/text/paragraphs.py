@@ -239,10 +239,11 @@ def _read_parts(file: io.BufferedReader, position: int, stop: float) -> Iterator
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number, length = number + 1, len(line)
-        if length > _MAX_LINE_BYTES:
+        is_long = length > _MAX_LINE_BYTES
+        if is_long:
             length += skip_line(file, line)
-        line = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
-        is_long = len(line) > _MAX_LINE_BYTES
+        elif position == 0:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
         for part in [line] if is_long else _BLANK_PARTS.sub(b"\r\r", line.rstrip(b"\r\n")).split(b"\r"):
             yield number, position < stop, part
         position += length

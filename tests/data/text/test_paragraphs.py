@@ -222,6 +222,18 @@ def test_a_broken_value_of_a_list_is_counted(tmp_path: Path) -> None:
     assert [line.split(":")[1] for line in broken.lines] == ["2", "3", "4", "5"]
 
 
+def test_a_first_line_that_is_too_long_is_broken_despite_its_byte_order_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a mark that is removed before the length is checked: the cut line would count as a paragraph."""
+    monkeypatch.setattr(paragraphs, "_MAX_LINE_BYTES", 40)
+    path, broken = tmp_path / "a.txt", BrokenLines(1)
+    path.write_bytes(b"\xef\xbb\xbf" + b"word " * 20 + b"\nsecond")
+    assert [paragraph.text for paragraph in read_paragraphs(whole_file(str(path)), broken)] == ["second"]
+    (line,) = broken.lines
+    assert line.endswith("a.txt:1: longer than 0 MiB")
+
+
 def test_long_lists_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_values, "_CHUNK", 7)
     (tmp_path / "a.json").write_text(json.dumps(RECORDS * 9 + [{"text": "x" * 300, "n": 123456}], indent=1))
