@@ -63,13 +63,14 @@ def train_run(config: RunConfig, *, force: bool = False) -> None:
     """Trains a run's task to the end and writes the report. Resumes from the newest complete checkpoint, if any.
 
     SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops the run early, with a checkpoint but without a report
-    (`training.loop.train`). If the task's result already exists (`Task.find_result`), prints one line and returns, so
-    that a job script can be submitted again. If only the last checkpoint exists, writes the report without training.
+    (`training.loop.train`). If the task's result file already exists (`Task.find_result`), prints one line and returns,
+    so that a job script can be submitted again. If the last checkpoint exists but the result file does not, writes the
+    report without training.
 
     Args:
         config: the run's configuration.
         force: True trains a finished run again, and renames its checkpoint folder first. A run is finished if its
-            result or its last checkpoint exists.
+            result file or its last checkpoint exists.
 
     Raises:
         ConfigError: if the configuration, a data file, a checkpoint or a file of the task is invalid.

@@ -33,7 +33,9 @@ class GradientError(NamedTuple):
 
 
 def benchmark_precision(num_layers: int, width: int, micro_batches: int) -> str:
-    """Measures the gradient error with residual stream and gradient sums in bf16 or float32; returns a table.
+    """Measures the gradient error for four combinations of dtypes, and returns a table.
+
+    The residual stream is either bf16 or float32, and the gradient sums are either bf16 or float32.
 
     Args:
         num_layers: number of blocks of the model.

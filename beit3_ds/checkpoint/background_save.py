@@ -25,9 +25,10 @@ _NOTICE_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOutcome:
-    """Result of a save. All ranks get equal values, except for the seconds, which each rank measures for itself.
+    """Result of a save.
 
-    The errors also differ if ranks lose contact during the save.
+    All ranks get the same step and path. They also get the same error, unless ranks lose contact during the save. Each
+    rank measures the seconds for itself.
     """
 
     step: int

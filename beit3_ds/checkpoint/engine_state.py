@@ -33,7 +33,8 @@ from beit3_ds.parallel import Mesh, is_split, logical_shape
 ReadSlice = Callable[[str, str, TensorSlice], Tensor]
 """Function that views a whole tensor as a matrix, and reads a slice of the matrix.
 
-The arguments are the kind of values (`EngineState.kinds`, such as "exp_avg"), the name of the tensor, and the slice.
+The function takes three arguments: a kind of values from `EngineState.kinds` (such as "exp_avg"), the name of the
+tensor, and the slice.
 """
 
 _GATHERED_PARAMETERS = 4

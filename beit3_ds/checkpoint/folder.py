@@ -316,7 +316,8 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
 
     Args:
         path: a checkpoint, a folder of checkpoints, or `training.output_dir` of a run.
-        kind: kind of files to verify, a key of `FILE_KINDS`; None verifies all files, "" none.
+        kind: kind of files to verify, a key of `FILE_KINDS`. With None, all files are verified. With an empty string,
+            no file is verified.
         averages: whether to read moving averages instead of weights. If true, the files of averages are verified and
             `kind` is ignored.
 

@@ -1,4 +1,4 @@
-"""Reads and writes the index of a checkpoint, which lists the tensors and the files with their sizes and digests.
+"""Reads and writes a checkpoint's index, which lists the tensors' shapes and the files' sizes and digests.
 
     step-00001000/
       index.json                     the index

@@ -12,7 +12,8 @@ ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "co
 """Formats of captioned images that consist of an annotation file and a folder of images."""
 
 IMAGE_FORMATS = ("tar", "folder", *ANNOTATION_FORMATS)
-"""All formats of images, with or without captions, that every task can read; tasks may add formats (`Task.formats`)."""
+"""Formats of images and of image-text pairs that are not specific to one task. `Task.formats` lists the formats that a
+task accepts."""
 
 Split = Literal["train", "validation", "test"]
 """Name of a split of the data. Only `beit3 evaluate` reads `test`."""

@@ -218,7 +218,7 @@ _SECTION_CLASSES: dict[str, type] = {
 def _hint_for_key(name: str, known: Sequence[str]) -> str:
     """Finds the key that the user of `--set` probably meant; returns a hint for the error message.
 
-    If no valid key is similar, the hint lists the sections. The unknown key may be misspelt or lack its section.
+    The search covers misspelt keys and keys that lack their section. If it finds no key, the hint lists the sections.
 
     Args:
         name: first part of the unknown dotted key.

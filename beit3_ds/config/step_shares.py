@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from beit3_ds.config.strict import ConfigError
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
-"""DeepSpeed's keys for batch sizes. A file may lack these keys, because streams and layout determine the sizes."""
+"""DeepSpeed's keys for batch sizes. A DeepSpeed configuration may omit these keys, because streams and layout determine
+the sizes."""
 
 
 class SampleCounts(NamedTuple):

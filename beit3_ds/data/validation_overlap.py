@@ -33,8 +33,8 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     detected.
 
     A validation or test folder must not be inside a training folder, nor a training folder inside a validation or test
-    folder. Links must not lead from both folders to the same folder. Two sources may read different splits of the same
-    folder.
+    folder. No folder may be reachable through links from both a training folder and a validation or test folder. Two
+    sources may read different splits of the same folder.
 
     Args:
         data: data section of the run's config.

@@ -52,7 +52,7 @@ def load_with_head(
     build_head: Callable[[ModelConfig, TensorParallel], Head],
     **options: Unpack[LoadOptions],
 ) -> TaskModel:
-    """Loads a model with a task head, and only the experts that the given inputs need.
+    """Loads a model with a task head. Skips the experts that the given inputs do not need.
 
     Args:
         weights: the opened weights.

@@ -36,7 +36,7 @@ class Prediction:
     images: Sequence[Path]
     """Image files of the prediction."""
     title: str
-    """Title of the prediction on the HTML page: the question, the statement, the text or the name of the image."""
+    """Title of the prediction on the HTML page: a question, a statement, a retrieval text, or the image's file name."""
     lines: dict[str, str]
     """Lines of text below the title on the HTML page. Each key is shown before its line, such as "caption" or
     "answers"."""

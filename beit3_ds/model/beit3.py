@@ -187,15 +187,18 @@ class BEiT3(nn.Module):
     def run_layers(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
         """Runs one micro-batch through all layers, or through the consecutive layers in `layers`.
 
+        Layer 0 is the embeddings. The blocks follow. The last layer is the final norm.
+
         Args:
             batch: the packed micro-batch.
-            x_TD: this rank's rows of the residual stream before `layers`; None if `layers` starts with the embeddings.
+            x_TD: this rank's rows of the residual stream before `layers`; None if `layers` starts with layer 0.
             layers: layers to run; None runs all layers.
 
         Returns:
-            Without the last layer: this rank's rows of the residual stream, (T, D). With the last layer: rows after the
-                final norm, equal on all tensor-parallel ranks. If `PackedBatch.head_rows` is set, these are the M rows
-                that `head_rows` lists, (M, D). If `head_rows` is not set, these are all rows of the micro-batch.
+            If `layers` does not contain the last layer: this rank's rows of the residual stream, (T, D). If `layers`
+                contains the last layer: rows after the final norm, equal on all tensor-parallel ranks. If
+                `PackedBatch.head_rows` is set, these are the M rows that `head_rows` lists, (M, D). If `head_rows` is
+                not set, these are all rows of the micro-batch.
         """
         layers = layers or self.all_layers
         if layers.start == 0:

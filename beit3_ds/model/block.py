@@ -65,13 +65,14 @@ class Block(nn.Module):
         return put_rows(x_TD, y_KD, rows_K)
 
     def _factors(self, x_TD: Tensor, batch: PackedBatch, branch: int, rows: Tensor | None = None) -> Tensor | None:
-        """Returns the stochastic-depth factor of each row of this rank, or None without stochastic depth.
+        """Returns the stochastic-depth factors of this rank's rows, or None without stochastic depth.
 
         Args:
             x_TD: tensor whose dtype the factors get.
             batch: the packed micro-batch.
             branch: 0 for attention, 1 for the FFN.
-            rows: indices of the rows to select from the packed batch; None selects all rows.
+            rows: indices of the selected rows in the packed batch; None selects all rows. With sequence parallelism,
+                the ranks divide the selected rows.
         """
         factor_T = batch.row_factors(self.layer, branch, x_TD.dtype)
         if factor_T is None:

@@ -23,8 +23,8 @@ class MultiwayFFN(nn.Module):
     input of GELU. The backward pass recomputes the others.
 
     The inner width F of every expert is split over the tensor-parallel group. The forward pass and the backward pass
-    each exchange T rows of the model's hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`). A
-    sub-LayerNorm adds two floats per row.
+    each exchange T rows of the model's hidden size D (`TensorParallel.gather_from`, `reduce_scatter_to`). With
+    `sub_layernorm`, each pass also exchanges two floats per row.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tensor: TensorParallel) -> None:

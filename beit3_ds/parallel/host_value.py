@@ -1,4 +1,6 @@
-"""Converts plain values to JSON and tensors for sending to another rank, and back. Nothing is pickled."""
+"""Splits a plain value into JSON and CPU tensors for sending to another rank, and rebuilds the value. Nothing is
+pickled.
+"""
 
 import json
 from typing import Any

@@ -42,7 +42,7 @@ def gather_blocks_whole(model: nn.Module) -> None:
 
     By default, DeepSpeed gathers the parameters of each linear layer and norm separately, in hooks that take longer
     than the kernels of small models. With whole blocks, one operator may also use the parameters of several layers of a
-    block: all of them are gathered during the operator's forward and backward pass.
+    block, because these parameters stay gathered throughout the block's forward pass and throughout its backward pass.
     """
     for module in model.modules():
         if isinstance(module, Block):

@@ -29,8 +29,8 @@ class HostRequirements(NamedTuple):
     """Memory of the node's rank processes and their libraries, in bytes. Host memory that CUDA takes is not included.
     """
     workers: int
-    """Memory of the data workers, in bytes: libraries, one step per worker, and the micro-batch that is being packed.
-    """
+    """Memory of the data workers, in bytes. Each worker holds libraries, one packed step, and the samples of the
+    micro-batch that it packs."""
     validation: int
     """Memory of the validation batches that the ranks keep, in bytes."""
     checkpoint: int

@@ -63,7 +63,7 @@ def describe_precision(config: RunConfig, world_size: int) -> str:
 
 
 def precision_cost(config: RunConfig, world_size: int) -> PrecisionCost:
-    """Models what the dtypes of a configuration cost on the rank that needs the most memory."""
+    """Returns the modelled cost of a configuration's dtypes, for the rank that needs the most memory."""
     stages = range(config.parallel.pipeline_parallel_size)
     return max(_stage_cost(build_rank_model(config, world_size, stage)) for stage in stages)
 

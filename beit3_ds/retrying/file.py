@@ -73,10 +73,10 @@ class RetryingFile:
         return True
 
     def content(self) -> bytes:
-        """Returns the file's content, including unwritten bytes.
+        """Returns the file's content, including unwritten bytes; a missing file counts as empty.
 
         Raises:
-            OSError: if the file exists and cannot be read, is not a regular file, or has more than 4 GiB.
+            OSError: if an existing file cannot be read, is not a regular file, or has more than 4 GiB.
         """
         if self._replaces:
             return self._missing

@@ -48,7 +48,7 @@ def find_sleep(seconds: float, interval: float) -> float:
 
 
 class RankStatus:
-    """Holds the newest heartbeat of one rank, and two times measured by this process.
+    """Holds the newest heartbeat of one rank, and two times that this process measured.
 
     The first is the time when this process noticed the heartbeat. The second is the time when this process noticed the
     rank's latest change. A change is the start of a phase, or the start or end of a wait.

@@ -80,7 +80,8 @@ def joined_ranks(
 
     Args:
         parallel: layout and time limits.
-        output_dir: output folder, which holds the ranks' secret unless another file is named for it (`read_secret`).
+        output_dir: output folder. It holds the file with the ranks' secret, unless an environment variable sets another
+            file (`read_secret`).
         signals: recorder of the stop signals that this process receives.
         contended_at: function that returns, on rank 0, the monotonic time when another command was last seen waiting
             for the output folder; -inf if never.

@@ -43,7 +43,9 @@ class StartupWatchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops the thread that watches the main thread. Call this method when all files are open."""
+        """Stops the thread that watches the main thread. Call this method after the main thread has opened the files of
+        the run.
+        """
         self._over.set()
         self._thread.join()
 

@@ -23,7 +23,7 @@ _POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0
 """Time limit of one request to the store in seconds."""
 _GRACE_SECONDS = 5.0
-"""Seconds after a failure in which a process can end by itself, before the watchdog ends it. Also the time limit in
+"""Seconds that a process has to end by itself after a failure, before the watchdog ends it. Also the time limit in
 seconds for rank 0 to publish a reported failure, and for all ranks to read it."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
@@ -209,7 +209,11 @@ class Watchdog:
                 return
 
     def _detect_failure(self, are_beats_requested: bool) -> None:
-        """Updates the status of all ranks, prints slow ranks, and publishes any failure. Runs on rank 0."""
+        """Updates the status of all ranks, prints slow ranks, and publishes any failure. Runs on rank 0.
+
+        Args:
+            are_beats_requested: whether a failing rank has asked all ranks for a heartbeat.
+        """
         values = self._store.multi_get(["reported", *_beat_keys(range(self._size))])
         reported, *beats = (value.decode() for value in values)
         self._statuses.update([Heartbeat.decode(beat) for beat in beats])

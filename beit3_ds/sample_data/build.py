@@ -163,9 +163,10 @@ def _group(samples: list[Sample], alike: float) -> list[list[Sample]]:
 def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Splits groups of samples into training and validation samples. A group is never divided.
 
-    A group becomes validation samples if it meets two conditions. First, the group has at most four samples. Second, no
-    category then has more validation samples than its limit. The limit is `fraction` of all samples of the category,
-    rounded to a whole number. All other groups become training samples.
+    The groups are visited in a fixed shuffled order. A group becomes validation samples if it meets two conditions.
+    First, the group has at most four samples. Second, with this group added, each category still has at most its limit
+    of validation samples. The limit is `fraction` of all samples of the category, rounded to a whole number. All other
+    groups become training samples.
     """
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):

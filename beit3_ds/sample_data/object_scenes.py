@@ -40,8 +40,8 @@ class DrawnShape(NamedTuple):
 def write_object_scenes(folder: Path, split: str, count: int, rng: random.Random, size: int) -> None:
     """Writes images and `objects-SPLIT.json`, an annotation file in COCO's format.
 
-    Fully visible squares, bars and triangles are stored as polygons, and all other shapes as run lengths. Some images
-    have no objects.
+    Squares, bars and triangles that are fully visible are stored as polygons, and other shapes as run lengths. Shapes
+    of which less than 35% is visible are drawn but not stored. Some images have no objects.
 
     Args:
         folder: folder of the dataset.

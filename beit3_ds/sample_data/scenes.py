@@ -167,7 +167,9 @@ def ask_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 def draw_statement(rng: random.Random) -> Statement:
-    """Draws a random statement about two images. On average, half of the statements depend on both images."""
+    """Draws a random statement about a pair of images. On average, half of the statements are about both images, and
+    the others are about the left or the right image only.
+    """
     if rng.random() < 0.5:
         color, shape, words = rng.choice(list(COLORS)), "", "something {}"
     else:

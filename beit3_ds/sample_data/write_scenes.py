@@ -41,8 +41,8 @@ NUM_PLACES = 4
 def write_scenes(folder: Path, num_train: int, num_validation: int, seed: int = 0, size: int = 64) -> None:
     """Writes scenes with the files of all tasks.
 
-    A split has N scenes, N statements, and N images for each task that does not use scenes. Each statement has one pair
-    of images for which it is true, and one for which it is false.
+    A split has N scenes and N statements. It also has N images for each of these tasks: classification, segmentation
+    and detection. Each statement has one pair of images for which it is true, and one pair for which it is false.
 
     Args:
         folder: folder to write to; it is created if missing, and existing files are replaced.

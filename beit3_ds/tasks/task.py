@@ -258,7 +258,8 @@ class Task(ABC):
     def head_memory(self, num_images: int, element_size: int) -> int | None:
         """Returns the bytes of head activations that autograd keeps per micro-batch; `beit3 check` uses the number.
 
-        With None, the default, `beit3 check` uses the memory of pretraining's heads as an upper bound.
+        This default implementation returns None. `beit3 check` then uses the memory of pretraining's heads as an upper
+        bound.
 
         Args:
             num_images: number of images in the micro-batch; the images have the model's image size.

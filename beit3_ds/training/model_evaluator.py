@@ -32,8 +32,7 @@ class ModelEvaluator:
     validation: Iterable[PackedBatch]
     """Batches over which `mean_terms` averages; empty for tasks that evaluate whole splits instead."""
     splits: Mapping[Split, Iterable[PackedBatch]]
-    """Batches of each split that this rank evaluates. Together, the data-parallel ranks' batches contain every sample.
-    """
+    """Batches that this rank evaluates, by split. Together, the data-parallel ranks' batches contain every sample."""
     is_stopping: Callable[[], bool]
     """Function that returns whether this rank has received a stop signal."""
 

@@ -68,8 +68,8 @@ class StepFeed:
             is_storage: whether a file system failed on any rank. Not used if this rank has an error.
 
         Raises:
-            StorageError: if a file system failed.
-            ConfigError: for all other causes.
+            StorageError: if this rank's error is a StorageError, or if this rank has no error and `is_storage` is true.
+            ConfigError: in all other cases.
         """
         if self.error is not None:
             raise self.error

@@ -23,7 +23,8 @@ class ExportNote(NamedTuple):
     format: str
     """Format of the file: `unilm-dual`, `unilm-fusion` or `timm`."""
     model: ModelConfig
-    """Configuration of the exported model, including vision-language experts that the file may lack."""
+    """Configuration of the exported model. It includes the model's vision-language experts even if the file lacks them.
+    """
     step: int
     """Number of training steps before the weights were saved; 0 if unknown."""
     has_extras: bool

@@ -55,7 +55,9 @@ class WeightReader(Protocol):
         ...
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:
-        """Returns a whole tensor. With `part`, returns only this slice of the tensor viewed as a matrix."""
+        """Returns a whole tensor. With `part`, views the tensor as a matrix, and returns only the rows and columns that
+        `part` selects.
+        """
         ...
 
 

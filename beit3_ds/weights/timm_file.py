@@ -40,8 +40,8 @@ class TimmFile:
             path: path of the file.
             tensors: tensors of the file, by timm's names.
             note: the note that `beit3 export` stored in the file.
-            image_size: side of the images in pixels, to which position embeddings are interpolated; None keeps the
-                file's size.
+            image_size: side of the model's images in pixels. Position embeddings are interpolated to this size when
+                they are read. None keeps the file's size.
 
         Raises:
             ConfigError: if the tensors do not match the model.

@@ -51,8 +51,8 @@ class Bucket(NamedTuple):
 class AttentionPlan(NamedTuple):
     """Holds the buckets of one micro-batch.
 
-    A plan depends on the row ranges of the sequences and on whether captions are causal, but not on the values in the
-    rows.
+    A bucket is a group of sequences with similar lengths. A plan depends on the row ranges of the sequences and on
+    whether captions are causal, but not on the values in the rows.
     """
 
     buckets: tuple[Bucket, ...]

@@ -98,7 +98,7 @@ def _version(package: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Returns the valid measurements in a file by case; an empty dict if the file is missing or invalid."""
+    """Returns a file's valid measurements, by case; returns an empty dict if the file is missing or invalid."""
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -1,10 +1,10 @@
 """Adds label smoothing to the cross entropy over a large vocabulary, without keeping all logits in memory.
 
-With smoothing e and V vocabulary entries, the target has the probability 1 - e, and each other entry has the
-probability e / (V - 1). The loss is the Kullback-Leibler divergence from these labels. It has three terms: the cross
-entropy, e / (V - 1) * (V * target logit - sum of all logits), and a constant. The sum of all logits of a hidden state h
-is computed without the logits. It is h @ w + b, where w is the sum of all rows of the output matrix, and b is the sum
-of all biases.
+With smoothing e and V vocabulary entries, the smoothed labels are probabilities: 1 - e for the target, and e / (V - 1)
+for each other entry. The loss is the Kullback-Leibler divergence KL(labels || prediction). The loss has three terms:
+the cross entropy, e / (V - 1) * (V * target logit - sum of all logits), and a constant. The sum of all logits of a
+hidden state h is computed without the logits. It is h @ w + b, where w is the sum of all rows of the output matrix, and
+b is the sum of all biases.
 """
 
 # M rows, D width, V vocabulary, U rows of the matrix in this shard.

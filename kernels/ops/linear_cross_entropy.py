@@ -35,8 +35,8 @@ class Partials(NamedTuple):
 
     All tensors are (M,) for M rows, in float32, or in float64 if the rows are float64. To combine shards, compute the
     maximum of `largest` over the shards. Multiply each shard's `total` by exp(largest - maximum), and add the products
-    over the shards. Add `target_logit` over the shards, and do the same with `logit_sum`. Then the cross entropy is
-    log(total) + maximum - target_logit.
+    over the shards. Add `target_logit` over the shards, and do the same with `logit_sum`. With the combined values, the
+    cross entropy is log(total) + maximum - target_logit. Only label smoothing uses `logit_sum`.
     """
 
     largest: Tensor

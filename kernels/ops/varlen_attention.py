@@ -47,7 +47,7 @@ def varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, ranges: Ranges
     Args:
         q_THK: queries on a GPU in half precision; k_THK and v_THK have the same shape and dtype. The head width K is a
             multiple of 8, and at most 128.
-        ranges: row ranges of each sequence. Each row is in exactly one range.
+        ranges: one or two row ranges per sequence. Each row is in exactly one range.
     """
     from torch.nn.attention.varlen import varlen_attn  # its import needs a build of PyTorch with flash attention
 

@@ -62,11 +62,11 @@ def read_budgets(version: str) -> dict[tuple[str, int], Report]:
 
 
 def write_budgets(version: str, reports: Budgets) -> None:
-    """Replaces the machine-code properties that are stored for one Triton version; keeps all other versions.
+    """Replaces the entry of one Triton version in `budgets.json`, and keeps the entries of all other versions.
 
     Args:
-        version: Triton version of the new properties.
-        reports: new properties of the kernel variants.
+        version: Triton version that compiled the kernels.
+        reports: new properties of the machine code, by variant name and GPU architecture.
     """
     nested: dict[str, dict[str, Report]] = {}
     for (name, architecture), report in sorted(reports.items()):
@@ -84,7 +84,8 @@ def write_budgets(version: str, reports: Budgets) -> None:
 def spilling_variants(version: str, architecture: int) -> frozenset[str]:
     """Returns the names of the kernel variants that spill registers, for a Triton version and a GPU architecture.
 
-    If `budgets.json` has no entry for the version, the entry of the newest older version is used.
+    If `budgets.json` has no entry for the version, the entry of the newest older version is used. The set is empty if
+    there is no older entry, or if the entry lacks the architecture.
     """
     older = [known for known in stored_versions() if _number(known) <= _number(version_key(version))]
     budgets = read_budgets(older[-1]) if older else {}

@@ -36,7 +36,8 @@ class SumBlock(NamedTuple):
 
 
 _ROW_SUM_BLOCK = SumBlock(128, 16)
-"""Block size for adding the partial sums of row-streaming kernels, which have many programs and up to 8192 columns."""
+"""Block size for adding the partial sums of row-streaming kernels. Such a kernel has many programs, and each program's
+partial sums have up to 8192 columns."""
 
 
 class RowTiling(NamedTuple):

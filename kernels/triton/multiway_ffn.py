@@ -213,7 +213,10 @@ def input_gradient_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of dx = factor * dy @ w. dy has K columns, dx has N columns, and w is (K, N)."""
+    """Computes one tile of dx = factor * (dy @ w), with one factor per row and the w of each row's expert.
+
+    dy has K columns, dx has N columns, and w is (K, N). If FACTOR is false, the kernel leaves out factor.
+    """
     expert, first, num_rows, column_tile = place(stop_0, stop_1, stop_2, tl.cdiv(N, COLUMNS), ROWS, GROUP)
     within = tl.arange(0, ROWS)
     rows = tl.minimum(within, num_rows - 1)

@@ -57,7 +57,7 @@ def qkv_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Computes one tile of y = x @ w.T + b for one of the three layers.
+    """Computes one tile of y = x @ w.T + b for the query, key or value layer of one expert.
 
     The programs of all three layers run close together, so that they share the rows of x in the L2 cache.
     """

@@ -48,10 +48,6 @@ class Recorder:
             and (line["call"] == call or not (has_failed(line) or line.keys() & {"absent", "warning"}))
         }
 
-    def knows(self, item: str) -> bool:
-        """Returns whether the results file already has an item (named measurement), so that the item is skipped."""
-        return item in self._known
-
     def add(self, item: str, **figures: Any) -> None:
         """Appends one line with the figures of an item (named measurement) to the results file."""
         self._file.append({"section": self._section, "item": item, "call": self._call, **figures})
@@ -61,7 +57,9 @@ class Recorder:
         self._compilations.start()
 
     def add_counts(self) -> None:
-        """Appends the counts of kernels to the results file if the counts have changed. `measure` calls this method."""
+        """Appends the numbers of cached and compiled kernels to the results file if these numbers have changed.
+        `measure` calls this method.
+        """
         number = self._compilations.num_hits + self._compilations.num_misses
         if number > self._num_counted:
             self._num_counted = number
@@ -70,9 +68,10 @@ class Recorder:
     def measure(self, item: str, compute: Callable[[], dict[str, Any]]) -> None:
         """Runs a measurement, and records the figures or the error.
 
-        Items that the results file already has are skipped (`knows`). After most errors, the section continues with
-        other measurements. An error of CUDA is recorded and raised again, because the process cannot use the GPU any
-        more. `NeedsDeviceError` and the error about a missing module of this project are raised, but not recorded.
+        Does nothing if the measurement already began in this call of `beit3 certify`, or succeeded in an earlier call.
+        After most errors, the section continues with other measurements. An error of CUDA is recorded and raised again,
+        because the process cannot use the GPU any more. `NeedsDeviceError` and the error about a missing module of this
+        project are raised, but not recorded.
 
         Args:
             item: name of the measurement, unique within the section.

@@ -36,7 +36,8 @@ def benchmark_checkpoint(
     No step is trained. Before each operation, earlier writes are flushed to the disk. Before each save or load, freed
     memory is returned to the system. Loading starts with the files outside the page cache, and exporting with the files
     in the page cache. Peak memory is VmHWM, which includes the memory of torch. For saving and loading, VmHWM is summed
-    over the ranks. An export is a single process. In the summary, "states" means the size of the state on all ranks.
+    over the ranks. An export is a single process. In the summary, "states" means the size of the state, summed over the
+    ranks.
 
     Args:
         size: model size. None means the largest size in `SIZES` that fits into memory and on the disk (`choose_size`).

@@ -18,7 +18,8 @@ from beit3_ds.tasks.pretraining.model import PretrainingModel
 SIZES = ("tiny", "base", "large", "giant")
 _MEASURED = ("tiny", "base")  # sizes that are run once to predict the memory of larger ones
 _DISK_BYTES = 44
-"""Bytes on disk per parameter: 12 for DeepSpeed's checkpoint, 24 for two of this project's, and 8 for two exports."""
+"""Bytes on disk per parameter: 12 for one DeepSpeed checkpoint, 24 for two checkpoints of this project, and 8 for two
+exports."""
 _LEAST_BYTES = 1_500_000_000  # assumed need of the smallest size per rank, because nothing is measured yet
 _CACHE_BYTES = 2_000_000_000  # memory left for the page cache and other processes
 
@@ -32,7 +33,11 @@ class Choice(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """Holds the number of parameters of a model, and the measured peak memory of all ranks in bytes."""
+    """Holds the number of parameters of a model, and the measured peak memory in bytes.
+
+    The memory is the sum of the ranks' peaks. If the number of parameters is 0, the memory is the sum of the ranks'
+    memory for libraries alone.
+    """
 
     num_parameters: int
     num_bytes: int

@@ -75,7 +75,8 @@ MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
     "detection": _measure_detection,
     "segmentation": _measure_segmentation,
 }
-"""Functions that run one comparison each, by name. Each takes a number of rounds and returns the figures."""
+"""Functions by the name of the comparison that they run. Each function takes a number of rounds and returns the
+figures."""
 
 
 def _show(value: Any) -> str:

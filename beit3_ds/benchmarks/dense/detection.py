@@ -151,7 +151,9 @@ class _Backbone(nn.Module):
 
 
 class _Torchvision:
-    """Holds torchvision's Mask R-CNN, with heads as deep as ViTDet's, and the batches for this detector."""
+    """Holds torchvision's Mask R-CNN, and the images and targets of one batch. The detector's heads are as deep as
+    ViTDet's.
+    """
 
     def __init__(self, config: ModelConfig, samples: list[DetectionSample]) -> None:
         pixels, backbone = config.image_size, _Backbone(config)

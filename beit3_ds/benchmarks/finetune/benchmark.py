@@ -1,4 +1,7 @@
-"""Compares fine-tuning steps and caption generation with torchscale's BEiT-3 (the reference) on the same samples."""
+"""Compares this project with torchscale's BEiT-3 (the reference) in fine-tuning and caption generation.
+
+All implementations get the same samples in each round.
+"""
 
 import json
 import os

@@ -150,10 +150,11 @@ def _weight_gradient(
     num_layers: int,
     experts: tuple[float, ...],
 ) -> OpTime:
-    """Models the time of a weight gradient.
+    """Models the time of a weight gradient before the project's code was optimized, and the time with the current code.
 
-    The time of our kernel follows from the number of waves of Triton programs. The time of cuBLAS follows from the
-    FLOPs.
+    The time before is that of this project's kernel. The current time is that of the faster of this project's kernel
+    and cuBLAS. The kernel's time follows from the number of waves of Triton programs, and cuBLAS's time follows from
+    the FLOPs.
     """
     from beit3_ds.kernels.triton.weight_gradient_launch import choose_share_rows, splits_rows
 

@@ -1,4 +1,7 @@
-"""Formats modelled times of ops and training steps as Markdown, for old and current code, with the assumptions."""
+"""Formats modelled times of ops and training steps as Markdown.
+
+The report compares old code with current code, and lists the assumptions.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

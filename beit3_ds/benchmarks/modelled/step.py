@@ -43,7 +43,9 @@ class StepTime(NamedTuple):
     """FLOPs of all matrix products of the model, forward and backward, without the visual tokenizer."""
 
     def total(self) -> OpTime:
-        """Returns the time of the step. The blocks take their GPU time or their host time, whichever is longer."""
+        """Returns the time of the step. The GPU time and the host time of the blocks overlap, so only the longer one
+        counts.
+        """
         by_name = {part.name: part for part in self.parts}
         gpu, host = by_name["blocks, GPU"], by_name["blocks, host"]
         rest = [part for part in self.parts if part not in (gpu, host)]

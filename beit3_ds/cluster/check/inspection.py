@@ -55,7 +55,8 @@ class Answers:
     software: dict[str, Any] | None = None
     """Versions of the installed packages, and digests of the project's source files (`Probe.software`)."""
     gpus: dict[str, Any] | None = None
-    """GPUs that nvidia-smi lists, and the error message of nvidia-smi or None (`Probe.gpus`)."""
+    """GPUs that nvidia-smi lists ("gpus"), and nvidia-smi's error message ("error"), which may be None (`Probe.gpus`).
+    """
     disks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Total and free bytes of the disk under each checked folder (`Probe.disk`), by purpose of the folder."""
     files: dict[str, tuple[int, str]] | None = None
@@ -98,7 +99,8 @@ class Inspection:
     address. Keys are the names of the connecting hosts. A result has the two addresses of the connection, or an error.
     """
     shared_folder: str | None
-    """Folder where the nodes wrote test files: the output folder, or its nearest existing parent."""
+    """Folder where the nodes wrote test files: the output folder, or its nearest existing parent. None if the check has
+    no run config, or if no node reports the folder."""
 
 
 def inspect_cluster(hostfile: Hostfile, inquiry: Inquiry) -> Inspection:

@@ -10,7 +10,7 @@ from beit3_ds.cluster.hostfile import is_loopback
 
 
 def find_link_faults(inspection: Inspection) -> Iterator[Fault]:
-    """Yields faults of host names, the master port, connections between nodes, the shared folder and input files.
+    """Yields faults of host names, the master port, the shared folder, input files, and connections between nodes.
 
     Also yields a fault if two nodes are the same machine.
     """

@@ -18,8 +18,8 @@ class AttemptPlan:
     hosts: Sequence[HostSlots]
     """Hosts and their numbers of slots, in the order of the ranks."""
     build_commands: Callable[[list[str]], list[list[str]]]
-    """Function that takes the command-line arguments of the guards, and returns commands that start one guard per rank.
-    A guard is the parent of a training process."""
+    """Function that takes the command-line arguments of the guards, and returns the commands of DeepSpeed's launcher.
+    Together, these commands start one guard for each rank. A guard is the parent of a training process."""
     launcher_environment: Mapping[str, str]
     """Complete environment of the commands that `build_commands` returns."""
     trainer: Sequence[str]
@@ -62,6 +62,6 @@ class Outcome:
     is_user_error: bool
     """Whether a rank ended with status 2, which means a mistake that only the user can fix."""
     lost_hosts: frozenset[str]
-    """Names of the hosts that lost a connection to `beit3 launch`, or did not open one for every rank."""
+    """Names of the hosts with a rank whose connection to `beit3 launch` was lost or never opened."""
     clear_at: float
     """Monotonic time in seconds after which no training process can still run on a lost host."""

@@ -31,7 +31,8 @@ class Register:
 
     rank: int
     local_rank: int | None
-    """Index of the rank within its host; None if the guard's environment variables do not contain the index."""
+    """Index of the rank within its host; None if the guard's environment variables do not contain the index. The guard
+    is the parent of the rank's training process."""
     host: str
     """Host name that the guard's machine reports."""
     pid: int

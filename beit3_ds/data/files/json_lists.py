@@ -189,7 +189,11 @@ class _Reader:
                 raise ValueError("truncated")
 
     def _read_more(self) -> bool:
-        """Reads the next part of the file, at least as long as the buffered text; returns False at the file's end."""
+        """Appends the next part of the file to the buffer; returns False at the file's end.
+
+        Removes the parsed text from the buffer. The new part is at least as long as the remaining text, unless the file
+        ends.
+        """
         more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
         self._buffer, self._position = self._buffer[self._position :] + more, 0
         return bool(more)

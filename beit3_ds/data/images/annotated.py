@@ -147,7 +147,7 @@ class CollectedAnnotations(AnnotatedImages):
         """Adds one sample: an image with one caption.
 
         Args:
-            image_number: result of `add_image`, or `NO_IMAGE`.
+            image_number: result of `add_image`; `NO_IMAGE` if the annotation file does not list the sample's image.
             caption: the caption. If it is not a string, reading the sample's caption raises `BrokenRecordError`.
             line: line number of the sample, counted from 1; None if the file is not read line by line.
         """

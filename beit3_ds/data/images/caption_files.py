@@ -124,8 +124,9 @@ def read_caption_lines(path: str, folder: str) -> CaptionedImages:
     """Reads images with captions from JSON lines.
 
     Args:
-        path: file with one JSON object per line. `image` is a path in the folder. `captions` (a list of texts) or
-            `caption` (one text) may be missing in a test split. `id` is optional and defaults to the path.
+        path: file with one JSON object per line. `image` is a path in the folder. `captions` is a list of texts.
+            Instead of `captions`, a line can have `caption`, which is one text. A test split needs neither. `id` is
+            optional and defaults to the value of `image`.
         folder: folder of the images.
 
     Raises:

@@ -72,7 +72,7 @@ class StreamPosition:
     """Seed of the run, with which the epochs are shuffled."""
     samples_per_step: int
     weights: tuple[float, ...] | None
-    """Sampling weights of the sources; None if the sources form one set."""
+    """Sampling weights of the sources; None if the samples of all sources are shuffled together, as one set."""
     mixture_position: int
     """Number of samples used from all sources since the sources or their sampling weights last changed."""
     sources: tuple[SourcePosition, ...]
@@ -128,12 +128,12 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, number: int) -> RemainingSamples | None:
-        """Returns the samples of a set that were unused when the set's current epoch was last shuffled again
-        (`SetPosition`).
+        """Returns the samples that were shuffled again in a set's current epoch; None if the epoch was not shuffled
+        again.
 
         A run that resumes with changed data, sampling weights or seed shuffles the unused samples of the current epoch
-        again. Returns None if the current epoch was not shuffled again. If the stream has sampling weights, each source
-        is a set. Without sampling weights, the whole stream is one set.
+        again. If this happened several times, the last time counts. If the stream has sampling weights, each source is
+        a set. Without sampling weights, the whole stream is one set.
 
         Args:
             number: index of the set in `sets`.

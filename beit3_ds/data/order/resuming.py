@@ -135,7 +135,7 @@ class _Continuation:
         return dataclasses.replace(self._now, sets=tuple(sets), removed=self._keep_removed())
 
     def _keeps_mixture(self) -> bool:
-        """Returns whether the stream has weights, and neither its weights nor the ids of its sources have changed."""
+        """Returns whether the stream has source weights, and its weights and source ids are as in the checkpoint."""
         return (
             same_weights(self._weights, self._stored.weights)
             and self._weights is not None
@@ -143,7 +143,12 @@ class _Continuation:
         )
 
     def _continue_source(self, number: int, match: SourceMatch) -> SetPosition:
-        """Returns the new position of one source of a stream with weights."""
+        """Returns the new position of one source of a stream with weights.
+
+        Args:
+            number: index of the source's set in `StreamPosition.sets`.
+            match: the source, and the matching source in the checkpoint, if there is one.
+        """
         if match.kind == "renumbered" and match.before is not None:
             return self._now.start_epoch(number, self._epoch(match.before.id) + 1)
         if match.kind == "new" or match.before is None:

@@ -156,7 +156,7 @@ def _finished(folder: Path, piece: TextPiece, tokenizer: TextTokenizer, document
 def _write_all(
     pieces: Sequence[TextPiece], write: Callable[[TextPiece], TokenPiece], processes: int | None, timeout_seconds: float
 ) -> Iterator[TokenPiece]:
-    """Tokenizes pieces in several processes; yields each token file as soon as it is finished."""
+    """Tokenizes pieces in several processes; yields the description of each token file once it is finished."""
     processes = min(processes or count_cores(), len(pieces))
     if processes <= 1:
         yield from map(write, pieces)

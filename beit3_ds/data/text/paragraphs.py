@@ -2,10 +2,11 @@
 
 In plain text, each line is a paragraph, and blank lines separate documents. In JSON, each object is a document, and the
 lines of its `text` are paragraphs. Lines end with a newline, a carriage return, or a carriage return and a newline.
+`formats` explains the two kinds of JSON files: JSON lines and JSON values.
 
 Only one line or JSON value is in memory at a time. In plain text and JSON lines, lines of more than 16 MiB are skipped.
-In a file of JSON values (`formats`), a value of more than 32 Mi characters raises `ConfigError`, and a value of more
-than 16 Mi characters may raise it.
+In a file of JSON values, a value of more than 32 Mi characters raises `ConfigError`, and a value of more than 16 Mi
+characters may raise it.
 """
 
 import io
@@ -228,13 +229,15 @@ def _find_first_line(file: io.BufferedReader, piece: TextPiece) -> int:
 
 
 def _read_parts(file: io.BufferedReader, position: int, stop: float) -> Iterator[tuple[int, bool, bytes]]:
-    """Yields the lines of a file, split at carriage returns. Blank parts may be left out.
+    """Yields the parts of each line of a file; carriage returns separate the parts of a line.
+
+    Blank parts may be left out. A line longer than `_MAX_LINE_BYTES` is truncated, and is yielded as one part.
 
     The file must already be at the byte offset `position`.
 
     Yields:
-        For each part: the number of its line, whether the line starts before `stop`, and the bytes of the part. The
-            line at `position` has number 1. A line that is too long is truncated and not split.
+        For each part: the number of its line, whether the line starts before byte `stop`, and the bytes of the part.
+            The line at `position` has number 1.
     """
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):

@@ -1,7 +1,8 @@
 """Defines token files. `beit3 prepare texts` writes these files, and training runs memory-map them.
 
-A text file is divided into pieces, with one token file per piece. The name contains the text file's name, a digest of
-its path, and the piece's first byte:
+A text file is divided into pieces, with one `.tokens` file per piece. All pieces share one `.borders` file per sequence
+length. Every file name begins with the text file's name and a digest of the text file's path. The name of a `.tokens`
+file also contains the byte offset at which the piece starts:
 
     text.txt-5f0c9a3e11d2.000000000000.tokens     tokens of the piece that starts at byte 0
     text.txt-5f0c9a3e11d2.000067108864.tokens     tokens of the next piece

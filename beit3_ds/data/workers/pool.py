@@ -199,7 +199,10 @@ class _Workers(Generic[RequestT, ItemT]):
         poll.poll(POLL_SECONDS * 1000)
 
     def poll(self, worker: int, request: RequestT, timer: WaitTimer, seconds: float) -> Reply | None:
-        """Returns a worker's reply, or None after `seconds`; replaces a dead or suspended worker."""
+        """Waits up to `seconds` for a worker's reply, and returns the reply, or None if none has come.
+
+        If the worker is dead, or has been suspended for too long, this method replaces the worker and returns None.
+        """
         process = self.processes[worker]
         was_ready = process.is_ready
         try:

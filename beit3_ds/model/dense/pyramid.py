@@ -71,8 +71,8 @@ class SimpleFeaturePyramid(nn.Module):
 
         Args:
             x_BDHW: map of the backbone's last layer (`dense.canvas.to_canvas`); may contain no images.
-            grids: rows and columns of each image's patch grid, if the grids differ. Maps are then zero outside each
-                image, and values inside do not depend on the other images. Empty if every image fills the map.
+            grids: rows and columns of each image's patch grid; empty if every image fills `x_BDHW`. With grids, the
+                returned maps are zero outside each image, and values inside an image do not depend on the other images.
         """
         maps = OrderedDict()
         for name, layers in self.maps.items():

@@ -84,9 +84,10 @@ class RelativePositions(nn.Module):
         return F.pad(wide_q, padding), F.pad(wide_k, padding), F.pad(v_THK, (0, width - head_size))
 
     def _products(self, q_THK: Tensor, axes: tuple["_AxisPlaces", "_AxisPlaces"]) -> Tensor:
-        """Returns the products of each query with table entries for the positions of keys, (T, H, J).
+        """Returns the products of each query with the table entries for all key rows and key columns, (T, H, J).
 
-        The first entries are for each row of the patch grid where a key may be. The other entries are for each column.
+        A key row is a row of the patch grid where a key may be; a key column is a column where a key may be. Along J,
+        the products for key rows come before the products for key columns.
         """
         tables: list[Tensor] = []
         entries: list[Tensor] = []

@@ -139,7 +139,8 @@ class DescribedSplit:
         and all images have references, the metrics of `score_captions` are added.
 
         Args:
-            official: whether to compute the official metrics, if the packages for these metrics are installed.
+            official: whether `score_captions` also computes the official metrics. An official metric that cannot be
+                computed is left out, and the reason is printed.
         """
         found: dict[str, float] = {}
         if num_masked := int(self._results.tensor("masked").sum()):
@@ -159,7 +160,10 @@ class DescribedSplit:
         return found
 
     def write(self, folder: ResultFolder, metrics: Mapping[str, float], shown: int) -> None:
-        """Writes the generated captions as JSON, and a page with `shown` images; writes nothing without captions."""
+        """Writes the generated captions as JSON, and a page with at most `shown` images.
+
+        If no captions were generated, nothing is written.
+        """
         if self._search is None:
             return
         folder.write(RESULTS, functools.partial(write_caption_results, captions=self._by_identifier()))

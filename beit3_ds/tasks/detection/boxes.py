@@ -58,11 +58,14 @@ def decode_boxes(coder: BoxCoder, deltas_N4: Tensor, boxes_N4: Tensor) -> Tensor
 
 
 def clip_boxes(boxes_N4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Clips boxes to an image, (N, 4).
+    """Clips boxes to an image.
 
     Args:
         boxes_N4: boxes in pixels of the image, (N, 4).
         size: height and width of the image in pixels.
+
+    Returns:
+        The clipped boxes in a new tensor, (N, 4).
     """
     height, width = size
     limits = (width, height, width, height)
@@ -80,11 +83,12 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
     Args:
         boxes_N4: anchors or proposals, (N, 4).
         objects_G4: boxes of the image's objects, (G, 4); G may be 0.
-        high: minimum IoU for a match; the box matches the object with the largest IoU.
-        low: a box is `BACKGROUND` if the largest IoU is below `low`, and `IGNORED` if it is between `low` and `high`.
-        keep_best: whether each object's best boxes have a match even if the IoU is below `high`. An object's best boxes
-            are those that have the largest IoU with the object. Each of them matches the object with the box's own
-            largest IoU, which may be another object.
+        high: minimum IoU for a match. A box matches the object with which it has its largest IoU.
+        low: a box is `BACKGROUND` if its largest IoU is below `low`, and `IGNORED` if its largest IoU is between `low`
+            and `high`.
+        keep_best: whether each object's best boxes have a match even if their IoU is below `high`. The best boxes of an
+            object are the boxes that have the largest IoU with this object. If a best box has a larger IoU with another
+            object, it matches the other object.
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)

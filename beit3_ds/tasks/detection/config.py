@@ -54,8 +54,8 @@ class DetectionConfig:
     """Maximum number of detections per image; COCO's metrics count 100."""
     test_sizes: tuple[Sides, ...] = ()
     """Sides of squares in pixels. An evaluation resizes each image to fit each square, which gives one view per square.
-    The boxes of all views of an image compete, and masks are averaged. Empty uses one square with side
-    `model.image_size`."""
+    Suppression compares the boxes of all views of an image. The mask of a detection is the mean over the views. Empty
+    uses one square with side `model.image_size`."""
     test_flip: bool = False
     """Whether an evaluation also uses a horizontally flipped copy of every view."""
     shown_score: Share = 0.3

@@ -158,7 +158,10 @@ def read_truth(
 
 
 def _complete(annotation: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds 'iscrowd' and 'area' to an annotation if they are missing, because COCO's evaluation needs them."""
+    """Returns a copy of an annotation with 'iscrowd' and 'area', because COCO's evaluation needs them.
+
+    Existing values are kept. A missing 'iscrowd' becomes 0, and a missing 'area' becomes the area of the box.
+    """
     return {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation}
 
 

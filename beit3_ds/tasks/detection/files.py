@@ -56,12 +56,12 @@ class StoredObject(NamedTuple):
 class AnnotatedObjects:
     """Holds the images of an annotation file and their objects, in the order of the file.
 
-    Training leaves out crowds, and boxes that have no area inside their image. If masks are read, training also leaves
-    out objects without a mask. `skipped` counts these objects by reason. It has two further counts. One counts images
-    with too many pixels, which count as broken. The other counts boxes that exceed their image by more than 1 pixel.
-    Training clips boxes to their image, and uses each box that still has an area. An evaluation uses all annotations
-    unchanged (`ground_truth`). All data are torch tensors, because data workers share tensors without copying. Each
-    object takes about 45 bytes, plus 8 bytes per corner of a polygon.
+    Training clips boxes to their image. It leaves out crowds, and objects whose clipped box has no area. If masks are
+    read, training also leaves out objects without a mask. `skipped` counts the objects that are left out, by reason.
+    `skipped` also counts boxes that exceed their image by more than 1 pixel. Images with too many pixels count as
+    broken, and `skipped` counts them too. An evaluation uses all annotations unchanged (`ground_truth`). All data are
+    torch tensors, because data workers share tensors without copying. Each object takes about 45 bytes, plus 8 bytes
+    per corner of a polygon.
     """
 
     def __init__(self, path: str, folder: str, collected: "_Collected") -> None:

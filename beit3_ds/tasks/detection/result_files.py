@@ -22,8 +22,8 @@ def read_result_files(
 ) -> dict[str, list[dict[str, Any]]]:
     """Reads result files and returns their entries by kind, "bbox" or "segm".
 
-    All entries of a file must have the same members. An entry with a box and a mask becomes two entries, because COCO's
-    evaluation would otherwise take the size of the mask from the box.
+    All entries of a file must have the same kinds of results: only boxes, only masks, or both. An entry with a box and
+    a mask becomes two entries, because COCO's evaluation would otherwise take the size of the mask from the box.
 
     Args:
         paths: the files; at most one file may have boxes, and at most one file may have masks.
@@ -31,8 +31,9 @@ def read_result_files(
         categories: the categories of the annotations.
 
     Raises:
-        ConfigError: if a file cannot be read or is empty, or if an entry has another form, an unknown image or
-            category, or an invalid box or mask. The message names the file and the entry.
+        ConfigError: if a file cannot be read or is empty, if two files have boxes or two files have masks, or if an
+            entry is not in COCO's format, has an unknown image or category, or has an invalid box or mask. The message
+            names the file and, for an invalid entry, the entry.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     origins: dict[str, str] = {}

@@ -134,7 +134,7 @@ class TextSamples:
         return {reason: Skipped(len(names), names[0]) for reason, names in found.items() if names}
 
     def prepare(self, index: int, key: SampleKey) -> TextSample:
-        """Returns sample `index` of the source with masked tokens; `key` seeds the mask."""
+        """Reads and masks sample `index` of the source; `key` seeds the mask."""
         return _masked_text(self.sequences.name(index), self.sequences[index], self.masking, key)
 
 

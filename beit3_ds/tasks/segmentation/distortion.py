@@ -1,4 +1,4 @@
-"""Distorts the colours of an image like SSD (Liu et al., 2016, arXiv:1512.02325, section 2.2)."""
+"""Distorts the colours of an image, with the operations of SSD (Liu et al., 2016, arXiv:1512.02325, section 2.2)."""
 
 import colorsys
 

@@ -59,7 +59,9 @@ class LabelMaps:
                 have an unknown class.
 
         Raises:
-            ConfigError: if label maps are missing, or an image or label map has a wrong size; checks up to 1000 images.
+            ConfigError: if a required label map is missing, an image is too small or too large, or a label map and its
+                image differ in size. Looks for the label maps of all images, but checks the sizes of at most 1000
+                images.
         """
         self.images, self._num_classes, self._zero_is_ignored = images, num_classes, zero_is_ignored
         self._labels = open_folder(folder)

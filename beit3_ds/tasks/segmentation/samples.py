@@ -92,7 +92,7 @@ class SegmentationSamples:
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> LabelledCrop | WholeImage:
-        """Reads image `index` and its label map; training images and label maps are augmented.
+        """Reads image `index` and its label map. In the training split, both are augmented.
 
         `key` seeds the augmentation, stochastic depth and the random points of the loss.
 

@@ -183,12 +183,14 @@ class Segmentation(Task):
         """Scores a folder of predicted label maps, and writes the class table and the picture of the confusion matrix.
 
         Args:
-            paths: one folder (`result_folder.score_folder`).
-            split: the split with the label maps; its images are listed but not decoded.
-            folder: folder of the tables.
+            paths: the folder of the predictions, as the only element (`result_folder.score_folder`).
+            split: split with the true label maps; its images are listed but not decoded.
+            folder: folder to write to.
 
         Raises:
-            ConfigError: if a prediction is missing or invalid, or the split has no label maps.
+            ConfigError: if `paths` does not have exactly one element, the folder of the predictions cannot be read or
+                does not match the split's images, a prediction or a true label map is invalid, or the split has no
+                label maps.
         """
         if len(paths) != 1:
             raise ConfigError(f"--results: segmentation scores one folder of label maps, but {len(paths)} are named.")

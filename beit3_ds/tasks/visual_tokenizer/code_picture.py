@@ -32,7 +32,8 @@ _GRAY = 0.5
 
 
 def code_picture_path(tokenizer: Path) -> Path:
-    """Returns the path of a tokenizer's picture, which is in the folder of the tokenizer's file.
+    """Returns the path of the picture that shows a tokenizer's codes. The picture is in the folder of the tokenizer's
+    file.
 
     Only the extension ".safetensors" is replaced, so tokenizers named `v.one` and `v.two` have different pictures.
 

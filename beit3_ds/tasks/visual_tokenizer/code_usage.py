@@ -49,7 +49,9 @@ class CodeUsage:
 
 
 class CodeCounter:
-    """Counts how often each code occurs, on a device; only `usage` and `has_codes` wait for the device."""
+    """Counts how often each code occurs. The counts are on a device, and only `usage` and `has_codes` wait for the
+    device.
+    """
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
         self._counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)

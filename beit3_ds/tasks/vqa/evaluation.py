@@ -72,7 +72,9 @@ class AnsweredSplit:
 
     @property
     def has_human_answers(self) -> bool:
-        """Returns whether people have answered all questions of the split, so that answers can be scored."""
+        """Returns whether all questions of the split have answers from people. Otherwise, the model's answers cannot be
+        scored.
+        """
         return all(samples.questions.has_answers for samples in self._questions())
 
     def locate(self, place: int) -> tuple[VqaQuestions, int]:
@@ -101,7 +103,7 @@ class AnsweredSplit:
     def accuracy(self, place: int) -> float | None:
         """Returns the official accuracy, from 0 to 1, of the answer to question number `place`.
 
-        Returns None if any question in the question's source lacks answers from people.
+        Returns None if the source of this question contains any question without answers from people.
         """
         questions, index = self.locate(place)
         return question_accuracy(questions.answers(index), self.answers[place]) if questions.has_answers else None

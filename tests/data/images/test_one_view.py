@@ -73,7 +73,7 @@ def test_operations_keep_size_and_mode(name: str) -> None:
 @pytest.mark.parametrize("text", ["the dog on the left", "Right side", "the leftmost one", "a right-hand drive"])
 def test_images_of_texts_that_name_a_side_are_not_flipped(text: str) -> None:
     always = dataclasses.replace(PLAIN, flip_probability=1.0)
-    views = PairView(usual=always, unflipped=PLAIN)
+    views = PairView(default=always, unflipped=PLAIN)
     rng = np.random.default_rng(0)
     assert views.of(text)(picture(), rng)[0, 0, 0] == -1 and views.of("a dog", text)(picture(), rng)[0, 0, 0] == -1
     assert views.of("a bright dog")(picture(), rng)[0, 0, 0] == 1  # "bright" names no side
