@@ -76,7 +76,7 @@ class TrainingConfig:
     ema_decay: Decay | None = None
     """Decay of an exponential moving average of the weights, such as 0.9999. The average covers about 1 / (1 - decay)
     steps, which should be far fewer than `total_steps`. Evaluations use the average, and `beit3 export --ema` writes
-    the average. The average takes 4 bytes per parameter. None keeps no average."""
+    the average. The average takes 4 bytes per parameter. With null, no average is kept."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Which activations the backward pass recomputes. `none` recomputes only GELUs, sub-LayerNorms and attention
     scores, which are cheap. This is the selective recomputation of Korthikanti et al., 2022 (arXiv:2205.05198). `full`

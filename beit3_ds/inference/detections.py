@@ -21,7 +21,8 @@ def detect_objects(
         detector: the model.
         images: image files; their names without extensions must differ.
         pictures: folder for the pictures; created if missing.
-        coco: path of a COCO annotation file to write, with all detections and their scores; None writes no file.
+        coco: path of a COCO annotation file to write, with all detections and their scores. With None, no file is
+            written.
         least_score: minimum score of detections that are drawn and returned.
 
     Returns:

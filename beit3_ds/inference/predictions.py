@@ -144,7 +144,8 @@ def segment_images(
         segmenter: the model.
         images: image files; their names without extensions must differ.
         pictures: folder for the pictures; created if missing.
-        label_maps: folder for label maps in ADE20K's format (class + 1); created if missing. None writes no label maps.
+        label_maps: folder for label maps in ADE20K's format (class + 1); created if missing. With None, no label maps
+            are written.
 
     Returns:
         One prediction per image, with the share of pixels per class in descending order.

@@ -23,8 +23,8 @@ _POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0
 """Time limit of one request to the store in seconds."""
 _GRACE_SECONDS = 5.0
-"""Seconds that a process has to end by itself after a failure, before the watchdog ends it. Also the time limit in
-seconds for rank 0 to publish a reported failure, and for all ranks to read it."""
+"""After a failure, the watchdog ends a process if the process has not ended by itself within this number of seconds.
+Rank 0 has the same time to publish a reported failure, and all ranks have the same time to read it."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
 """Value of a key in the store before any rank sets the key."""

@@ -244,7 +244,7 @@ class RankTask:
         Args:
             evaluator: gives access to the model and the ranks.
             split: "validation" or "test".
-            folder: folder for result files and pages, which only the main rank writes; None writes no files.
+            folder: folder for result files and pages, which only the main rank writes. With None, no files are written.
 
         Returns:
             Metrics by name on the main rank; empty on other ranks, and for a split without annotations. In training,

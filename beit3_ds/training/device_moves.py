@@ -21,7 +21,8 @@ class DeviceMoves:
 
         Args:
             device: device of the model.
-            side: stream for the copies, such as a `torch.cuda.Stream`; None copies nothing ahead.
+            side: stream on which the next micro-batch is copied while the model computes, such as a
+                `torch.cuda.Stream`. With None, a micro-batch is copied when it is taken.
             current: function that returns the stream on which the model computes.
         """
         self._device, self._side, self._current = device, side, current

@@ -114,7 +114,7 @@ def evaluate_split(
         rank_task: the task on this rank, with its files open.
         evaluator: the model and its mesh.
         split: split to evaluate.
-        folder: folder in which the main rank writes result files and pages; None writes none.
+        folder: folder in which the main rank writes result files and pages. With None, no files are written.
 
     Raises:
         StopRequestedError: on all ranks, if a rank received a stop signal.

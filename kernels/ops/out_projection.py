@@ -1,10 +1,9 @@
 """Computes the end of an attention or FFN branch in one op: GELU, sub-LN, linear layer, bias, drop path, residual.
 
 The FFN uses the op with GELU, and attention uses the op without GELU. The op saves its input. It also saves the
-sub-LN's statistics on a GPU, or if tensor-parallel ranks divide the columns of a row. It recomputes the other
-activations in the backward pass. On a CPU, GELU and norm process chunks of rows that fit into the cache. On a GPU, one
-pass computes GELU and norm (`activation_norm`), and the kernels in `triton/multiway_ffn.py` add bias and residual while
-the product is in registers.
+sub-LN's statistics on a GPU, or if ranks divide the columns of a row. The backward pass recomputes other activations.
+On a CPU, GELU and norm process chunks of rows that fit into the cache. On a GPU, one pass computes both
+(`activation_norm`), and `triton/multiway_ffn.py` adds bias and residual while the product is in registers.
 """
 
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.
@@ -101,8 +100,7 @@ _MATMUL_ROWS = 2048
 class _Parameters(NamedTuple):
     """Holds the parameters of one call.
 
-    Each field has one tensor per expert, or is empty if the op has no such parameters. In the backward pass, `biases`
-    is always empty.
+    Each field has one tensor per expert, or is empty without such parameters. `biases` is empty in the backward pass.
     """
 
     weights: tuple[Tensor, ...]
@@ -134,8 +132,7 @@ class _Form(NamedTuple):
 
 
 _SavedNorm = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Saved tensors of a sub-LN: the statistics from `_normalize`, the scales of all experts, and the shifts of all
-experts."""
+"""Tensors of a sub-LN that are saved for the backward pass: statistics from `_normalize`, scales, shifts."""
 
 
 class _OutProjection(torch.autograd.Function):
@@ -212,12 +209,10 @@ def _backward_cpu(
         of_weights[i].addmm_(d_RD.t(), n_RF, beta=0 if start == slices_of(form.ends)[i][0] else 1)
         if form.has_biases:
             of_biases[i] = accumulate(of_biases[i], [d_RD.sum(0)])
-        # overwrites n, which is no longer needed
-        dn_RF = matmul(d_RD, weights[i].t(), None, dx_RF if form.norm is None else n_RF)
+        dn_RF = matmul(d_RD, weights[i].t(), None, dx_RF if form.norm is None else n_RF)  # n is no longer needed
         length = chunk_rows(x_RF)
-        for number, (dn, a, x, dx) in enumerate(
-            zip(*(rows.split(length) for rows in (dn_RF, a_RF, x_RF, dx_RF)), strict=True)
-        ):
+        chunks = zip(*(rows.split(length) for rows in (dn_RF, a_RF, x_RF, dx_RF)), strict=True)
+        for number, (dn, a, x, dx) in enumerate(chunks):
             da = dn
             if form.norm is not None:
                 scale, shift = form.norm.scales[i], form.norm.shifts[i]
@@ -239,9 +234,8 @@ def _normalize_cpu(
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
     """Returns GELU(x), LN(GELU(x)) and the statistics of LN for expert `i`.
 
-    The statistics are a list with one entry [mean, 1 / standard deviation] per chunk of rows. Without `form.gelu`, GELU
-    is left out. Without `form.norm`, LN is left out, and there are no entries. Unless `keeps_activated` is true,
-    LN(GELU(x)) overwrites GELU(x).
+    The statistics are a list [mean, 1 / standard deviation] per chunk of rows. Without `form.gelu` or `form.norm`, GELU
+    or LN is left out. Unless `keeps_activated` is true, LN(GELU(x)) overwrites GELU(x).
     """
     norm = form.norm
     n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF
@@ -270,8 +264,8 @@ def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
 def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns LN(GELU(x)), or LN(x) without `form.gelu`, and the mean and 1 / standard deviation of each row.
 
-    The statistics are one tensor (2, T). If ranks divide the columns of a row, the statistics are two tensors (T,), and
-    this rank gathers two numbers per row from each rank.
+    The statistics are one tensor (2, T), or two tensors (T,) if ranks divide the columns of a row. In that case, this
+    rank gathers two numbers per row from each rank.
     """
     norm = form.norm
     assert norm is not None
@@ -329,11 +323,7 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, without operands that are None.
-
-    If the residual has another dtype than y, the result is a new tensor in the residual's dtype. Otherwise the result
-    overwrites y.
-    """
+    """Returns residual + factor * y, without operands that are None; overwrites y if its dtype is the result's."""
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:
@@ -373,7 +363,9 @@ OUT_PROJECTION = MeasuredOp(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the Triton kernel with plain PyTorch, for a residual stream in `dtype` and for one in float32.
+    """Compares the Triton kernel with plain PyTorch, with and without bias, factor and residual.
+
+    The residual stream is in `dtype`, and then in float32.
 
     Raises:
         WrongResultError: if a result is wrong.
@@ -387,7 +379,6 @@ KERNELS: TrustedKernels = TrustedKernels("out_projection", check_kernels)
 
 
 def _check_kernels(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> None:
-    """Compares the kernel with plain PyTorch for two experts, with and without bias, factor and residual."""
     from beit3_ds.kernels.triton import multiway_ffn_launch as launch
 
     slices, generator = [(0, 130), (130, 137)], torch.Generator().manual_seed(0)

@@ -84,7 +84,8 @@ def backward(
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.
-        d_residual_TD: gradient of the residual stream, contiguous, which the kernel adds to dx; None adds nothing.
+        d_residual_TD: gradient of the residual stream, contiguous, which the kernel adds to dx; None without
+            such a gradient.
         x_TD: see `forward`, also for stops, weights, tiling and gelu.
         statistics_2T: statistics that `forward` returned.
         in_place: whether to store dx in the memory of dh.

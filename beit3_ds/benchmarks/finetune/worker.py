@@ -60,8 +60,11 @@ class DecodingSide:
             self.model.to(torch.bfloat16)
 
     def prepare(self, number: int) -> Turn:
-        """Returns a `Turn`: the function that generates the captions of batch `number`, and the batch's number of
-        samples.
+        """Returns a `Turn` of two members: the function that generates a batch's captions, and the number of samples in
+        the batch.
+
+        Args:
+            number: index of the batch.
         """
         pixels = draw_samples("captioning", self.config, number, self.count).pixels.to(self.device)
         pixels = pixels.to(next(self.model.parameters()).dtype)

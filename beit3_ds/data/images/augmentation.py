@@ -57,10 +57,9 @@ class Augmentation:
     Without rounding, the two orders would differ only in values that are clamped, and in the mean grey that the
     contrast change uses.
 
-    Pillow's jitter rounds values to 8 bits. The pixels of this class were compared with those of a crop that Pillow
-    jitters before the resize. In images without clamped values, pixels differ by at most 6 of 255 levels, and by 1.5 on
-    average. In images of pure noise, many values are clamped: pixels differ by at most 81 levels, and by 2.6 on
-    average.
+    The result was compared with Pillow's jitter, which rounds values to 8 bits, applied after the crop and before the
+    resize. In images without clamped values, pixels differ by at most 6 of 255 levels, and by 1.5 on average. In images
+    of pure noise, many values are clamped: pixels differ by at most 81 levels, and by 2.6 on average.
     """
 
     image_size: int
