@@ -62,10 +62,10 @@ from beit3_ds.training.stragglers import Stragglers, TimedSteps
 def train_run(config: RunConfig, *, force: bool = False) -> None:
     """Trains a run's task to the end and writes the report. Resumes from the newest complete checkpoint, if any.
 
-    SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops the run early, with a checkpoint but without a report
-    (`training.loop.train`). If the task's result file already exists (`Task.find_result`), prints one line and returns,
-    so that a job script can be submitted again. If the last checkpoint exists but the result file does not, writes the
-    report without training.
+    The report includes the task's result file, if the task has one. SIGTERM, SIGINT, SIGUSR1 or SIGHUP stops the run
+    early, with a checkpoint but without a report (`training.loop.train`). If the task's result file already exists
+    (`Task.find_result`), prints one line and returns, so that a job script can be submitted again. If the last
+    checkpoint exists but the result file does not, writes the report without training.
 
     Args:
         config: the run's configuration.

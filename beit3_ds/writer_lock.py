@@ -25,7 +25,8 @@ WAIT_SECONDS = 120.0
 a crashed host for 90 s."""
 SILENT_SECONDS = 8.0
 """Seconds without a sign of life after which the holder of a lock counts as gone. Used where the file system does not
-show whether the lock is still held. An NFS client may notice a changed modification time several seconds late."""
+show whether the lock is still held. A sign of life is a new modification time of the lock file. An NFS client may
+notice a new time several seconds late."""
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 0.6  # wait before the first message, so that a new holder can write its name

@@ -164,8 +164,8 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Packs a bundle and returns the exit status. The status is 0 on success. After a mistake of the user, an error
-    message is printed and the status is 2.
+    """Packs a folder for tests on a GPU machine without network access, and returns the exit status. The status is 0 on
+    success. After a mistake of the user, an error message is printed and the status is 2.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")

@@ -100,7 +100,7 @@ def slice_range(block: TensorSlice, start: int, stop: int) -> Iterator[tuple[int
 
     Args:
         block: a tensor-parallel rank's block of the tensor.
-        start: index of the range's first element in the block, flattened in row-major order.
+        start: index of the range's first element, in the row-major order of the block's elements.
         stop: one past the index of the range's last element.
 
     Yields:

@@ -161,8 +161,9 @@ class AdaptedWeights:
     def _resample(self, name: str, tensor: Tensor) -> Tensor:
         """Resizes a tensor whose shape depends on the sizes of images, patches, windows or texts.
 
-        If these sizes are equal in the stored configuration and in `model`, the tensor is not resized, so that a wrong
-        shape is detected later. If only `model` sets `dense`, the position of the CLS token is removed in any case.
+        If these sizes are equal in the stored configuration and in the configuration `model`, the tensor is not
+        resized, so that a wrong shape is detected later. If only `model` sets `dense`, the method removes the position
+        of the CLS token, even if the sizes are equal.
         """
         stored = self._weights.model
         if name == IMAGE_POSITION:

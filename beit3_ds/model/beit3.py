@@ -187,7 +187,8 @@ class BEiT3(nn.Module):
     def run_layers(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
         """Runs one micro-batch through all layers, or through the consecutive layers in `layers`.
 
-        Layer 0 is the embeddings. The blocks follow. The last layer is the final norm.
+        Layer 0 is the embeddings. The blocks follow. The last layer gathers rows and applies the final norm. If
+        `ModelConfig.final_norm` is false, the last layer only gathers rows.
 
         Args:
             batch: the packed micro-batch.
@@ -196,7 +197,7 @@ class BEiT3(nn.Module):
 
         Returns:
             If `layers` does not contain the last layer: this rank's rows of the residual stream, (T, D). If `layers`
-                contains the last layer: rows after the final norm, equal on all tensor-parallel ranks. If
+                contains the last layer: the rows after the last layer, equal on all tensor-parallel ranks. If
                 `PackedBatch.head_rows` is set, these are the M rows that `head_rows` lists, (M, D). If `head_rows` is
                 not set, these are all rows of the micro-batch.
         """

@@ -94,7 +94,7 @@ def sum_terms(step_loss: StepLoss, micro_batches: Sequence[StepFeatures], mesh: 
 
     Args:
         step_loss: function that computes the sum of each loss term over a whole step.
-        micro_batches: features of this rank's batches, at least one.
+        micro_batches: features of each of this rank's micro-batches; at least one micro-batch.
         mesh: mesh of all ranks.
 
     Returns:

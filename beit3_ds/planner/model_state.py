@@ -49,7 +49,7 @@ def model_state(config: RunConfig, world_size: int) -> ModelState:
         world_size: total number of ranks.
 
     Raises:
-        ConfigError: if the parallel sizes do not divide the ranks.
+        ConfigError: if tensor-parallel size x pipeline-parallel size does not divide `world_size`.
     """
     ranks, options = config.parallel.data_parallel_size(world_size), config.options
     with torch.device("meta"):

@@ -32,7 +32,7 @@ class Traffic:
         """Starts with zero traffic.
 
         Args:
-            rank_model: the rank's part of the model, which gives the number of ranks along each mesh axis.
+            rank_model: the rank's part of the model, and the sizes of the mesh.
         """
         data, model = rank_model.data_parallel_size, rank_model.model_parallel_size
         self.sizes = {"data": data, "tensor": rank_model.tensor.size, "model": model, "world": data * model}

@@ -35,8 +35,8 @@ def find_meeting_address(launch: Launch) -> str:
     - This rank is rank 0, and MASTER_ADDR resolves to another host's address. The function returns this host's only
       outer IPv4 address.
 
-    In both special cases, `_outer_addresses` lists the outer addresses, and GLOO_SOCKET_IFNAME limits them to one
-    interface.
+    An outer address is neither loopback nor link-local. If GLOO_SOCKET_IFNAME is set, only the outer addresses of this
+    interface count in the two special cases.
 
     Raises:
         OSError: if MASTER_ADDR cannot be resolved.

@@ -75,8 +75,8 @@ def joined_ranks(
 ) -> Iterator[Mesh]:
     """Joins the process group during the `with` block. If the block fails on one rank, the program ends on all ranks.
 
-    Every rank then prints one line that names the failed rank. All ranks also end if a rank is lost or stalled. A stop
-    signal that one rank receives is forwarded to all ranks (`Watchdog`).
+    After such a failure, every rank prints one line that names the failed rank. All ranks also end if a rank is lost or
+    stalled. A stop signal that one rank receives is forwarded to all ranks (`Watchdog`).
 
     Args:
         parallel: layout and time limits.

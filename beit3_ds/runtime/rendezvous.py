@@ -272,7 +272,8 @@ class Rendezvous:
         return challenge, store, [found[rank] for rank in range(size)]
 
     def _is_of_another_launcher(self, description: Mapping[str, Any]) -> bool:
-        """Returns whether rank 0 must ignore a rank that runs on the same host but was started by another launcher.
+        """Returns whether rank 0 must ignore the described rank, because another launcher started that rank on rank 0's
+        host.
 
         Ranks of another launcher are ignored only at first: for `_LAUNCHER_SECONDS`, or for half of the maximum wait if
         this is shorter. After this time, the result is always False.

@@ -18,11 +18,11 @@ _LEAST_BYTES, _MOST_BYTES = 16, 4096
 def read_secret(named: str | None, output_dir: str | None) -> bytes:
     """Returns the ranks' secret, with which ranks prove to each other that they belong to the same run.
 
-    The secret is the content of a file. If `named` is None, this is a file in the output folder, and the first rank
-    creates it with mode 0600.
+    The secret is the content of a file. If `named` is None, this is a file in the output folder. If that file does not
+    exist yet, this function creates it with mode 0600.
 
     Args:
-        named: path of the file with the secret, from `SECRET_VARIABLE`; None means the file in the output folder.
+        named: path of the secret file, as set in `SECRET_VARIABLE`; None means the file in the output folder.
         output_dir: output folder, on storage that all hosts share.
 
     Raises:

@@ -40,8 +40,8 @@ class DrawnShape(NamedTuple):
 def write_object_scenes(folder: Path, split: str, count: int, rng: random.Random, size: int) -> None:
     """Writes images and `objects-SPLIT.json`, an annotation file in COCO's format.
 
-    Squares, bars and triangles that are fully visible are stored as polygons, and other shapes as run lengths. Shapes
-    of which less than 35% is visible are drawn but not stored. Some images have no objects.
+    A shape of which less than 35% is visible is drawn but not stored. A square, bar or triangle is stored as a polygon
+    if it is fully visible. Every other stored shape is stored as run lengths. Some images have no objects.
 
     Args:
         folder: folder of the dataset.

@@ -256,7 +256,7 @@ class Task(ABC):
         return 0.0
 
     def head_memory(self, num_images: int, element_size: int) -> int | None:
-        """Returns the bytes of head activations that autograd keeps per micro-batch; `beit3 check` uses the number.
+        """Returns the bytes of head activations that autograd keeps per micro-batch, for `beit3 check`.
 
         This default implementation returns None. `beit3 check` then uses the memory of pretraining's heads as an upper
         bound.

@@ -21,8 +21,8 @@ class DeviceMoves:
 
         Args:
             device: device of the model.
-            side: stream on which the next micro-batch is copied while the model computes, such as a
-                `torch.cuda.Stream`. With None, a micro-batch is copied when it is taken.
+            side: stream for copies, such as a `torch.cuda.Stream`. The next micro-batch is copied on this stream while
+                the model computes. With None, a micro-batch is copied when it is taken.
             current: function that returns the stream on which the model computes.
         """
         self._device, self._side, self._current = device, side, current

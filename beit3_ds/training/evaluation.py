@@ -140,7 +140,7 @@ def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) 
 def _sum_over_ranks(sums: Tensor, counts: Tensor, mesh: Mesh) -> Tensor:
     """Returns the totals of `sums` and `counts` over all data-parallel ranks, stacked in this order, (2, ...).
 
-    The values of `sums` come from the last pipeline stage.
+    The values of `sums` come from the last pipeline stage. `counts` must be equal on all stages.
     """
     sums = mesh.pipeline.host.broadcast(sums, src=-1)
     return mesh.data_host.sum(torch.stack([sums, counts]))

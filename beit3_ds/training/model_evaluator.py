@@ -65,7 +65,12 @@ class ModelEvaluator:
             yield name, self.weights.read(name).float()
 
     def mean_terms(self, source_names: SourceNames) -> dict[str, float]:
-        """Returns the mean of each loss term over the `validation` batches of all ranks, as `evaluate` does. All ranks
-        must call this method.
+        """Returns the mean of each loss term over the `validation` batches of all ranks. All ranks must call this
+        method.
+
+        If a term's samples come from several sources, the result also has the mean over each source (`evaluate`).
+
+        Args:
+            source_names: names of the sources, by kind of sample.
         """
         return evaluate(self.schedule, self.validation, self.prepare, self.terms, self.mesh, self.device, source_names)

@@ -126,8 +126,8 @@ class Progress:
     def report(self, step: int) -> dict[str, Any]:
         """Returns the interval's losses, speeds and other values, and starts a new interval.
 
-        The result is a record for metrics.jsonl. Losses and speeds are those of all ranks. Memory and waiting time are
-        those of this rank.
+        The result is a record for metrics.jsonl. Losses and speeds are those of all ranks. Peak memory and the share of
+        time spent waiting for data are those of this rank.
 
         Args:
             step: number of steps done.

@@ -213,7 +213,8 @@ def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants to compile ahead of time, for the attention kernels.
 
     The giant model has 88 columns per head, and all smaller models have 64. Relative positions in windows of 14 x 14
-    patches widen these heads to 120 and 96 columns. The largest supported number, 128, is also compiled.
+    patches widen 88 columns to 120, and 64 columns to 96. Variants for 128 columns, the widest supported head, are also
+    compiled.
     """
     return [
         variant

@@ -106,7 +106,9 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants to compile ahead of time: both kernels, for several widths and dtypes."""
+    """Returns the variants to compile ahead of time: the forward and the backward kernel, each with and without
+    factors, for several widths and dtypes.
+    """
     cases = [
         ("bf16", 768),
         ("bf16", 1024),

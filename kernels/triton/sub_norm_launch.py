@@ -145,7 +145,9 @@ def norm_gradient(
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants to compile ahead of time, for the sub-LN kernels; the same for all architectures."""
+    """Returns the kernel variants that are compiled ahead of time for the sub-LN. All architectures get the same
+    variants.
+    """
     result = []
     for element, width in (("bf16", 6144), ("bf16", 3072)):
         flags = {"GELU": True, "NORM": True}

@@ -57,8 +57,9 @@ class Recorder:
         self._compilations.start()
 
     def add_counts(self) -> None:
-        """Appends the numbers of cached and compiled kernels to the results file if these numbers have changed.
-        `measure` calls this method.
+        """Appends to the results file how many kernels Triton found in its cache, and how many it compiled.
+
+        Appends nothing if both numbers are unchanged since the last call. `measure` calls this method.
         """
         number = self._compilations.num_hits + self._compilations.num_misses
         if number > self._num_counted:

@@ -32,12 +32,12 @@ def benchmark_checkpoint(
 ) -> str:
     """Measures saving, loading and exporting with this project and with DeepSpeed in turn, and returns a report.
 
-    The ranks hold the state of a bfloat16 run under ZeRO-3: bfloat16 parameters, float32 weights and float32 moments.
-    No step is trained. Before each operation, earlier writes are flushed to the disk. Before each save or load, freed
-    memory is returned to the system. Loading starts with the files outside the page cache, and exporting with the files
-    in the page cache. Peak memory is VmHWM, which includes the memory of torch. For saving and loading, VmHWM is summed
-    over the ranks. An export is a single process. In the summary, "states" means the size of the state, summed over the
-    ranks.
+    The ranks hold the state of a bfloat16 run under ZeRO-3: bfloat16 parameters, float32 master weights and float32
+    moments. No step is trained. Before each operation, earlier writes are flushed to the disk. Before each save or
+    load, freed memory is returned to the system. Loading starts with the files outside the page cache, and exporting
+    with the files in the page cache. Peak memory is VmHWM, which includes the memory of torch. For saving and loading,
+    VmHWM is summed over the ranks. An export is a single process. In the summary, "states" means the size of the state,
+    summed over the ranks.
 
     Args:
         size: model size. None means the largest size in `SIZES` that fits into memory and on the disk (`choose_size`).
@@ -46,8 +46,8 @@ def benchmark_checkpoint(
         json_path: file for the results (`rows` and `summary`) as JSON.
 
     Raises:
-        ConfigError: if the size is unknown, does not fit into memory or on the disk, or the folder of the JSON file
-            does not exist.
+        ConfigError: if the given size is unknown or does not fit; if no size fits; or if the folder of `json_path` does
+            not exist.
     """
     if json_path and not Path(json_path).absolute().parent.is_dir():
         raise ConfigError(f"{json_path}: cannot be written: there is no such folder.")

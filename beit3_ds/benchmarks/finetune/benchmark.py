@@ -1,6 +1,7 @@
 """Compares this project with torchscale's BEiT-3 (the reference) in fine-tuning and caption generation.
 
-All implementations get the same samples in each round.
+Caption generation also includes BLIP base, if the package transformers is installed. All implementations get the same
+samples in each round.
 """
 
 import json

@@ -49,7 +49,8 @@ def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
 
 
 def _time_steps(rounds: int) -> list[Round]:
-    """Trains with and without ZeRO-3 in turn, in two processes, and returns the figures of `rounds` rounds.
+    """Trains in two processes in turn, one with ZeRO-3 and one without ZeRO, and returns the figures of `rounds`
+    rounds.
 
     Two warm-up rounds run first; their figures are dropped.
     """

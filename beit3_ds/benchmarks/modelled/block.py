@@ -80,8 +80,9 @@ def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, g
     """Models the time of an output projection before the project's code was optimized, and the time with the current
     code.
 
-    Both times include the sub-LN before the projection and the addition of the residual after the projection. This
-    project's kernel adds the residual to the product. With cuBLAS, a separate pass adds the residual.
+    `OpTime.before` is the time of this project's kernel. `OpTime.now` is the time of the faster of this project's
+    kernel and cuBLAS. Both times include the sub-LN before the projection and the addition of the residual after the
+    projection. This project's kernel adds the residual to the product. With cuBLAS, a separate pass adds the residual.
 
     Args:
         name: name of the op.
@@ -152,9 +153,9 @@ def _weight_gradient(
 ) -> OpTime:
     """Models the time of a weight gradient before the project's code was optimized, and the time with the current code.
 
-    The time before is that of this project's kernel. The current time is that of the faster of this project's kernel
-    and cuBLAS. The kernel's time follows from the number of waves of Triton programs, and cuBLAS's time follows from
-    the FLOPs.
+    `OpTime.before` is the time of this project's kernel. `OpTime.now` is the time of the faster of this project's
+    kernel and cuBLAS. The kernel's time follows from the number of waves of Triton programs, and cuBLAS's time follows
+    from the FLOPs.
     """
     from beit3_ds.kernels.triton.weight_gradient_launch import choose_share_rows, splits_rows
 

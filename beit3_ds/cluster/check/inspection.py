@@ -55,8 +55,8 @@ class Answers:
     software: dict[str, Any] | None = None
     """Versions of the installed packages, and digests of the project's source files (`Probe.software`)."""
     gpus: dict[str, Any] | None = None
-    """GPUs that nvidia-smi lists ("gpus"), and nvidia-smi's error message ("error"), which may be None (`Probe.gpus`).
-    """
+    """Result of `Probe.gpus`: "gpus" holds the GPUs that nvidia-smi lists, and "error" holds nvidia-smi's error message
+    or None."""
     disks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Total and free bytes of the disk under each checked folder (`Probe.disk`), by purpose of the folder."""
     files: dict[str, tuple[int, str]] | None = None
@@ -93,7 +93,7 @@ class Inspection:
     """Answers of each host, in the order of the hostfile."""
     master_address: str | None
     """Address that DeepSpeed would choose as MASTER_ADDR: the first address of the first host. None if no address of
-    this host is known."""
+    the first host is known."""
     named_master: Mapping[str, dict[str, Any]]
     """Result of each host's test connection to the first host. The test uses the first host's name instead of its
     address. Keys are the names of the connecting hosts. A result has the two addresses of the connection, or an error.

@@ -191,8 +191,8 @@ class _Reader:
     def _read_more(self) -> bool:
         """Appends the next part of the file to the buffer; returns False at the file's end.
 
-        Removes the parsed text from the buffer. The new part is at least as long as the remaining text, unless the file
-        ends.
+        Removes the parsed text from the buffer. The new part is at least as long as the unparsed text in the buffer,
+        unless the file ends.
         """
         more = self._file.read(max(_CHUNK, len(self._buffer) - self._position))
         self._buffer, self._position = self._buffer[self._position :] + more, 0

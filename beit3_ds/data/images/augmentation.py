@@ -50,16 +50,17 @@ class ViewTransform(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Applies the paper's training augmentation: a random crop, a random flip and random color jitter.
+    """Crops and flips an image at random, and draws random color jitter, as the paper's training augmentation does.
 
-    BEiT applies the color jitter to the whole image, before the crop. This class applies the jitter after the crop and
-    the resize, because the model's view and the tokenizer's view have fewer pixels. Both views get the same factors.
-    Without rounding, the two orders would differ only in values that are clamped, and in the mean grey that the
-    contrast change uses.
+    BEiT applies the color jitter to the whole image, before the crop. Here, the device applies the jitter after the
+    crop and the resize, because the model's view and the tokenizer's view have fewer pixels. Both views get the same
+    factors. Without rounding, the two orders would differ only in values that are clamped, and in the mean grey that
+    the contrast change uses.
 
-    The result was compared with Pillow's jitter, which rounds values to 8 bits, applied after the crop and before the
-    resize. In images without clamped values, pixels differ by at most 6 of 255 levels, and by 1.5 on average. In images
-    of pure noise, many values are clamped: pixels differ by at most 81 levels, and by 2.6 on average.
+    The result was compared with Pillow. The Pillow reference applies the jitter after the crop but before the resize,
+    and rounds values to 8 bits. In images without clamped values, pixels differ by at most 6 of 255 levels, and by 1.5
+    on average. In images of pure noise, many values are clamped: pixels differ by at most 81 levels, and by 2.6 on
+    average.
     """
 
     image_size: int

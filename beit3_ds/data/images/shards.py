@@ -89,8 +89,9 @@ class TarShards:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped members and of tars without samples, per reason, with an example of each
-        reason.
+        """Returns the number of skipped members for each reason, with one example.
+
+        Tars without samples are counted too, under a reason of their own.
         """
         total: dict[str, Skipped] = {}
         for path, index in zip(self.paths, self._indices, strict=True):

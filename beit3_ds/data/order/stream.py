@@ -21,8 +21,9 @@ class StreamOrder:
         """Stores the position at which this order starts; offset 0 is the first sample after this position.
 
         Raises:
-            ValueError: if the position contradicts itself, for example after an edit of the checkpoint: the number of
-                remaining samples is wrong, or more samples are taken than remain.
+            ValueError: if the position contradicts itself, for example after an edit of the checkpoint. In a set with
+                `SetPosition.remaining`, `num_remaining` must be the number of samples in `remaining`, and `taken` must
+                not exceed `num_remaining`.
         """
         self.position = position
         self._remaining = [position.remaining(number) for number in range(len(position.sets))]

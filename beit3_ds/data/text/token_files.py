@@ -8,10 +8,10 @@ file also contains the byte offset at which the piece starts:
     text.txt-5f0c9a3e11d2.000067108864.tokens     tokens of the next piece
     text.txt-5f0c9a3e11d2.length-128.borders      starts of the sequences of 128 tokens, over all pieces
 
-A `.tokens` file contains all token ids (uint16, or uint32 if the vocabulary exceeds 65536 ids), the number of tokens
-per paragraph (uint32), and a footer. A `.borders` file contains the start of each sequence (int64), the total number of
-tokens (int64), and a footer. The start of a sequence is the index of its first token, counted from the first token of
-the text file.
+A `.tokens` file contains the piece's token ids (uint16, or uint32 if the vocabulary exceeds 65536 ids), the number of
+tokens per paragraph (uint32), and a footer. A `.borders` file contains the start of each sequence (int64), the text
+file's total number of tokens (int64), and a footer. The start of a sequence is the index of its first token, counted
+from the first token of the text file.
 
 A footer is JSON, followed by the length of the JSON (8 bytes) and `BEIT3TOK`. All numbers are little-endian. Files are
 written under a temporary name and then renamed.

@@ -84,10 +84,11 @@ class RelativePositions(nn.Module):
         return F.pad(wide_q, padding), F.pad(wide_k, padding), F.pad(v_THK, (0, width - head_size))
 
     def _products(self, q_THK: Tensor, axes: tuple["_AxisPlaces", "_AxisPlaces"]) -> Tensor:
-        """Returns the products of each query with the table entries for all key rows and key columns, (T, H, J).
+        """Returns the products of each query with the table entries for all row positions and column positions of keys,
+        (T, H, J).
 
-        A key row is a row of the patch grid where a key may be; a key column is a column where a key may be. Along J,
-        the products for key rows come before the products for key columns.
+        Positions count within a window or image. Along J, the products for row positions come before the products for
+        column positions.
         """
         tables: list[Tensor] = []
         entries: list[Tensor] = []

@@ -94,7 +94,7 @@ class CaptionDecoder:
 
         Args:
             order: current index of each image to keep; the image `order[p]` gets the index p. Kept images with an index
-                below len(order) must keep their index. Only kept images with a larger index may move.
+                below len(order) must keep their index. Only the other kept images may move.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):

@@ -25,8 +25,8 @@ def head_initial_value(name: str, shape: torch.Size, generator: torch.Generator)
     - Convolutions that are not output layers follow Kaiming's normal distribution with `mode="fan_out"`.
 
     These scales keep the magnitude of features independent of the head's width. ViTDet initialises all convolutions of
-    the proposal network with a fixed standard deviation of 0.01. This function does so only for the output layers,
-    because features of a narrow head would otherwise vanish.
+    the proposal network with a fixed standard deviation of 0.01. In the proposal network, this function uses 0.01 only
+    for the output layers, because 0.01 in other layers would make the features of a narrow head vanish.
 
     Args:
         name: name of the parameter within the head, such as `boxes.stages.0.linear.weight`.

@@ -3,10 +3,11 @@
 | format | class of an image |
 |---|---|
 | folder | topmost folder in the image's path: `n01440764/n01440764_10026.JPEG` |
-| tars | last folder in the path; else number in `KEY.cls`; else name up to `_`: `n01440764_10026.jpg` |
+| tars | first that exists: last folder in the path, number in `KEY.cls`, file name before `_` (`n01440764_10026.jpg`) |
 | JSON lines | value of `class`; the value of `image` is the image's path in the folder of images |
 
-The number in `KEY.cls` is a class label. Every other entry in the right column is a class key (`ImageClass.key`).
+`KEY` is the path of an image in the tar file, without the extension. The number in `KEY.cls` is a class label. Every
+other entry in the right column is a class key (`ImageClass.key`).
 """
 
 import os

@@ -29,7 +29,8 @@ class TokenizerView(NamedTuple):
 class TokenizerViews(ImageSourceSamples):
     """Prepares images for the visual tokenizer.
 
-    The field `views` is the augmentation of pretraining, or a center crop for validation images.
+    For training images, the transform in the field `views` is the augmentation of pretraining. For validation images,
+    it is a center crop.
     """
 
     def prepare(self, index: int, key: SampleKey) -> TokenizerView:
