@@ -66,7 +66,7 @@ class SourceSamples(Protocol):
         """Returns a sample's name for messages, including the file that contains the sample."""
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the count and an example of skipped files, tar members, rows and lines, by reason."""
+        """Returns the number of skipped files, tar members, rows and lines for each reason, with an example."""
 
     def prepare(self, index: int, key: SampleKey) -> Any:
         """Reads and prepares sample `index` of the source; `key` determines all random draws.
@@ -104,7 +104,7 @@ class ImagesOfSource:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the count and an example of skipped files, tar members and rows, by reason."""
+        """Returns the number of skipped files, tar members and rows for each reason, with an example."""
         return self.source.skipped
 
 

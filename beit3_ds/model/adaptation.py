@@ -162,8 +162,8 @@ class AdaptedWeights:
         """Resizes a tensor whose shape depends on the sizes of images, patches, windows or texts.
 
         If these sizes are equal in the stored configuration and in the configuration `model`, the tensor is not
-        resized, so that a wrong shape is detected later. If only `model` sets `dense`, the method removes the position
-        of the CLS token, even if the sizes are equal.
+        resized, so that `check` can detect a wrong shape. If `model` sets `dense` but the stored configuration does
+        not, the method removes the position of the CLS token, even if the sizes are equal.
         """
         stored = self._weights.model
         if name == IMAGE_POSITION:

@@ -68,7 +68,8 @@ class ModelEvaluator:
         """Returns the mean of each loss term over the `validation` batches of all ranks. All ranks must call this
         method.
 
-        If a term's samples come from several sources, the result also has the mean over each source (`evaluate`).
+        If a term's samples come from several sources, the result also has the mean over each source, under
+        "TERM/SOURCE".
 
         Args:
             source_names: names of the sources, by kind of sample.

@@ -234,8 +234,8 @@ def _normalize_cpu(
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
     """Returns GELU(x), LN(GELU(x)) and the statistics of LN for expert `i`.
 
-    The statistics are a list [mean, 1 / standard deviation] per chunk of rows. If `form.norm` is None, LN is left out.
-    If `form.gelu` is false, GELU is left out. Unless `keeps_activated` is true, LN(GELU(x)) overwrites GELU(x).
+    The statistics are [mean, 1 / standard deviation] per chunk of rows. If `form.norm` is None, there is no LN. If
+    `form.gelu` is false, there is no GELU. With both, unless `keeps_activated`, the first two results are one tensor.
     """
     norm = form.norm
     n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF

@@ -106,8 +106,8 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants to compile ahead of time: the forward and the backward kernel, each with and without
-    factors, for several widths and dtypes.
+    """Returns the variants to compile ahead of time: the forward and the backward kernel, each with and without a
+    factor per row, for several widths and dtypes.
     """
     cases = [
         ("bf16", 768),

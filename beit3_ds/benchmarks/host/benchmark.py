@@ -49,10 +49,10 @@ def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
 
 
 def _time_steps(rounds: int) -> list[Round]:
-    """Trains in two processes in turn, one with ZeRO-3 and one without ZeRO, and returns the figures of `rounds`
-    rounds.
+    """Measures training steps with and without ZeRO-3 for `rounds` rounds, and returns the figures of each round.
 
-    Two warm-up rounds run first; their figures are dropped.
+    In each round, two processes train one step each, one after the other: one process with ZeRO-3, the other without
+    ZeRO. Two warm-up rounds run first, and their figures are dropped.
     """
     rows: list[Round] = []
     workers: dict[str, TurnProcess] = {}

@@ -2,8 +2,8 @@
 
 A guard connects to `beit3 launch`, runs the training process as its child, and reports how that process ends. The guard
 kills the training process on request, or after `keepalive_seconds` without a message. If the connection closes, the
-guard first sends SIGTERM, so that the training process can save. A guard starts fast, because it imports neither torch
-nor DeepSpeed.
+guard sends SIGTERM to the training process, which then has `keepalive_seconds` to save. A guard starts fast, because it
+imports neither torch nor DeepSpeed.
 """
 
 import argparse

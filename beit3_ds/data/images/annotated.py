@@ -46,7 +46,7 @@ class AnnotatedImages:
             paths: path of each image in the folder or in the tars.
             captions: caption of each sample.
             image_numbers: index into `paths` for each sample, or `NO_IMAGE`.
-            skipped: count and example of the skipped rows and files, by reason.
+            skipped: number of skipped rows and files for each reason, with an example.
             lines: line number of each sample in the annotation file, counted from 1. None or empty if the format is not
                 read line by line.
 

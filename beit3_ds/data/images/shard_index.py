@@ -52,7 +52,7 @@ class ShardIndex:
     tar_mtime_ns: int
     """Modification time of the tar, in nanoseconds since 1970."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Count and example of skipped tar members, by reason."""
+    """Number of skipped tar members for each reason, with an example."""
 
     def __len__(self) -> int:
         """Returns the number of samples."""

@@ -17,7 +17,7 @@ class ImageSource(Protocol):
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, tar members and rows per reason, with an example of each reason."""
+        """Returns the number of skipped files, tar members and rows for each reason, with an example."""
 
     def __len__(self) -> int:
         """Returns the number of samples, including broken samples."""

@@ -37,7 +37,7 @@ class IndexedShard:
     num_samples: int = 0
     """Number of samples in the index."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Count and example of skipped tar members, by reason."""
+    """Number of skipped tar members for each reason, with an example."""
     error: str = ""
     """Error message if `action` is "failed", otherwise empty."""
 

@@ -37,7 +37,7 @@ class SourceStatistics:
     num_examined: int
     """Number of samples that were read for the statistics."""
     skipped: dict[str, Skipped]
-    """Count and example of skipped files, tar members, rows and lines, by reason."""
+    """Number of skipped files, tar members, rows and lines for each reason, with an example."""
     numbers: dict[str, list[int]] = field(default_factory=dict)
     """Measurements by name: image widths and heights in pixels, and numbers of characters and words per text."""
     texts: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Defines token files. `beit3 prepare texts` writes these files, and training runs memory-map them.
+"""Defines token files, which `beit3 prepare texts` writes and which a training run maps into memory.
 
 A text file is divided into pieces, with one `.tokens` file per piece. All pieces share one `.borders` file per sequence
 length. Every file name begins with the text file's name and a digest of the text file's path. The name of a `.tokens`

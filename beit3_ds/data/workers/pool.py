@@ -59,7 +59,7 @@ def prepare_in_order(
     """Prepares items in worker processes; yields the items in the order of the requests.
 
     Args:
-        preparation: work and time limits of the workers.
+        preparation: the work to do, and time limits for the workers.
         requests: requests for items. The next request is read only when a worker can receive it.
         num_workers: number of processes. Each process prepares every num_workers-th item. 0 uses a thread of this
             process.
@@ -104,7 +104,7 @@ def prepare_in_any_order(
     The time limit `limits.seconds` counts only time during which a worker uses no CPU.
 
     Args:
-        preparation: work and time limits of the workers.
+        preparation: the work to do, and time limits for the workers.
         requests: requests for items. The next request is read only when a worker is free.
         num_workers: number of processes, at least 1.
 

@@ -84,11 +84,11 @@ class RelativePositions(nn.Module):
         return F.pad(wide_q, padding), F.pad(wide_k, padding), F.pad(v_THK, (0, width - head_size))
 
     def _products(self, q_THK: Tensor, axes: tuple["_AxisPlaces", "_AxisPlaces"]) -> Tensor:
-        """Returns the products of each query with the table entries for all row positions and column positions of keys,
-        (T, H, J).
+        """Returns the products of each query with its table entries, (T, H, J).
 
-        Positions count within a window or image. Along J, the products for row positions come before the products for
-        column positions.
+        A query has one table entry for each row and one for each column of the largest window or image. In a smaller
+        window or image, some of these rows and columns have no keys. Their products are unused. Along J, the products
+        for rows come before the products for columns.
         """
         tables: list[Tensor] = []
         entries: list[Tensor] = []

@@ -76,7 +76,7 @@ class ObjectSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of left-out annotations, clipped boxes and oversized images, by reason, with examples."""
+        """Returns the number of annotations, boxes and images that were left out or clipped, for each reason."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> DetectionSample:

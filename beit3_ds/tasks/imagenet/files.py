@@ -4,10 +4,11 @@
 |---|---|
 | folder | topmost folder in the image's path: `n01440764/n01440764_10026.JPEG` |
 | tars | first that exists: last folder in the path, number in `KEY.cls`, file name before `_` (`n01440764_10026.jpg`) |
-| JSON lines | value of `class`; the value of `image` is the image's path in the folder of images |
+| JSON lines | value of `class` |
 
 `KEY` is the path of an image in the tar file, without the extension. The number in `KEY.cls` is a class label. Every
-other entry in the right column is a class key (`ImageClass.key`).
+other entry in the right column is a class key (`ImageClass.key`). In JSON lines, the value of `image` is the image's
+path in the folder of images.
 """
 
 import os
@@ -47,7 +48,7 @@ class LabelledImages:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members and rows, with an example, by reason."""
+        """Returns the number of skipped files, members and rows for each reason, with an example."""
         return self.source.skipped
 
     def files(self) -> Iterable[SourceFile]:

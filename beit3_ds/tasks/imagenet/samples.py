@@ -92,7 +92,7 @@ class ClassImages:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
+        """Returns the number of skipped files, members and rows for each reason, with an example."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> ClassImage:

@@ -81,7 +81,7 @@ class PairSamples:
         return self.images.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, members and rows of the source, with an example, by reason."""
+        """Returns the number of skipped files, members and rows for each reason, with an example."""
         return self.images.skipped()
 
     def prepare(self, index: int, key: SampleKey) -> PairSample:
@@ -129,7 +129,7 @@ class TextSamples:
         return self.sequences.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped lines or files of the source, with an example, by reason."""
+        """Returns the number of skipped lines or files for each reason, with an example."""
         found = {"line that is no text": self.sequences.broken, "file without text": self.sequences.empty}
         return {reason: Skipped(len(names), names[0]) for reason, names in found.items() if names}
 

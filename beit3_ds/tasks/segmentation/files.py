@@ -81,7 +81,7 @@ class LabelMaps:
 
     @property
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, with an example, by reason."""
+        """Returns the number of skipped files for each reason, with an example."""
         return self.images.skipped
 
     def files(self) -> Iterator[SourceFile]:

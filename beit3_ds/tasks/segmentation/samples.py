@@ -88,7 +88,7 @@ class SegmentationSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped files, with an example, by reason."""
+        """Returns the number of skipped files for each reason, with an example."""
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> LabelledCrop | WholeImage:

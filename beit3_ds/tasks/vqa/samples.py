@@ -77,7 +77,7 @@ class VqaSamples:
         return self.questions.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of skipped entries of the source, with an example, by reason."""
+        """Returns the number of skipped entries for each reason, with an example."""
         return self.questions.skipped
 
     def prepare(self, index: int, key: SampleKey) -> VqaSample:
