@@ -56,8 +56,8 @@ class PackedBatch(RowLayout):
     """Parameters of three colour changes to apply to each uint8 image (`pixels.change_colors`), (images, 3, 3) float32;
     None for no changes."""
     causal_captions: bool = False
-    """Whether attention in pairs is masked for captioning. Image rows then attend only to the image. Caption rows
-    attend to the image, to earlier caption rows and to themselves."""
+    """Whether attention within image-text pairs is masked for captioning. Image rows then attend only to the image.
+    Caption rows attend to the image, to earlier caption rows and to themselves."""
     drop_path: Tensor | None = None
     """Stochastic-depth factor of each sequence, layer and branch, (sequences, layers, 2) float32: 0 if the branch is
     dropped, and 1 / (1 - rate) otherwise. None without stochastic depth, such as in evaluations."""

@@ -69,9 +69,10 @@ def image_windows(grid: Grid, window_size: int) -> list[Window]:
 
 @lru_cache(maxsize=64)
 def window_ranges(grids: Grids, window_size: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Returns the row range [start, stop) of each window of each image.
+    """Returns the range [start, stop) of packed rows of each window, image by image.
 
-    The result has the form of `SequenceLayout.sequence_ranges`, with one range per window.
+    Each patch is one packed row, in the order of `patch_places`. The result has the form of
+    `SequenceLayout.sequence_ranges`, with one range per window.
 
     Args:
         grids: height and width of each image's patch grid.

@@ -182,7 +182,10 @@ def share_of(
 
 
 def _check_this_node(config: RunConfig, launch: Launch) -> None:
-    """Checks that this machine has enough memory for its ranks, if the launcher provides their number."""
+    """Checks that this machine has enough memory for the ranks that run on it.
+
+    If the run has several ranks and the launcher does not set the number of ranks per host, nothing is checked.
+    """
     ranks_here = 1 if launch.world_size == 1 else launch.local_size
     if ranks_here:
         check_node(host_requirements(config, launch.world_size, ranks_here), config, measure_node())

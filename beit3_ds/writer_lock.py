@@ -248,9 +248,12 @@ class WriterLock:
             return False
 
     def _look(self) -> tuple[Holder | None, int, bool]:
-        """Returns the holder named in the lock file, the time of its last sign of life, and whether the file is empty.
+        """Returns the holder named in the lock file, the time of the holder's last sign of life, and whether the file
+        is empty.
 
-        Reads through the open descriptor, because closing a second one would release this process's record locks.
+        The holder is None if the file's content is invalid. The time is the file's modification time in nanoseconds.
+        Reads through the open descriptor, because closing a second descriptor would release this process's record
+        locks.
         """
         text = os.pread(self._file, _MOST_BYTES, 0)
         return parse_holder(text), os.fstat(self._file).st_mtime_ns, not text

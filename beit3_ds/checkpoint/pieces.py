@@ -146,11 +146,14 @@ def write_pieces(folder: Path, pieces: PieceTable) -> WrittenFile:
 
 
 def read_pieces(folder: Path, index: Index) -> PieceTable:
-    """Reads the table of a checkpoint; verifies the file's digest, and that the pieces cover each tensor exactly once.
+    """Reads a checkpoint's table of pieces, and verifies that the pieces cover each tensor exactly once.
+
+    The table has its own file, whose digest is verified first. In a checkpoint of format 1, the index contains the
+    pieces instead.
 
     Raises:
-        BrokenIndexError: if the file is missing, unreadable, changed or invalid, or if the pieces do not cover each
-            tensor exactly once. The message describes the fault briefly.
+        BrokenIndexError: if the table's file is missing, unreadable or changed, if the table is invalid, or if the
+            pieces do not cover each tensor exactly once. The message describes the fault briefly.
     """
     rows = _read_rows(folder, index) if index.old_pieces is None else _parse_rows(index.old_pieces)
     table = PieceTable(index.num_pieces, rows)

@@ -96,7 +96,8 @@ def is_loopback(name: str) -> bool:
 
 
 def read_hostfile(path: str | Path) -> Hostfile:
-    """Reads a hostfile and looks up the addresses of its hosts. The lookup takes at most two seconds.
+    """Reads a hostfile and looks up the addresses of its hosts. The lookup takes at most two seconds. A name whose
+    addresses are not found in this time is not compared with other names.
 
     Raises:
         ConfigError: if the file cannot be read or breaks a rule. Each line must be `NAME slots=RANKS`, a comment or

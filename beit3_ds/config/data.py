@@ -12,8 +12,8 @@ ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "co
 """Formats of captioned images that consist of an annotation file and a folder of images."""
 
 IMAGE_FORMATS = ("tar", "folder", *ANNOTATION_FORMATS)
-"""Formats of images and of image-text pairs that are not specific to one task. `Task.formats` lists the formats that a
-task accepts."""
+"""Formats that are not specific to one task, for images and for image-text pairs. `Task.formats` lists the formats that
+a task accepts."""
 
 Split = Literal["train", "validation", "test"]
 """Name of a split of the data. Only `beit3 evaluate` reads `test`."""
@@ -175,8 +175,8 @@ class DataConfig:
     corpora with more shards than a process may open. Do not use `shard_sequential` if neighbouring samples are alike,
     as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
-    """Number of samples per block if `order` is "shard_sequential". Choose no more than the number of samples in an
-    average shard."""
+    """Number of neighbouring samples per block if `order` is "shard_sequential", which shuffles whole blocks. Choose no
+    more than the number of samples in an average shard."""
     window_blocks: Annotated[int, Range(1, 2**30)] = 64
     """Number of blocks whose samples are shuffled together if `order` is "shard_sequential". Together, these blocks
     should contain the samples of many steps."""
@@ -267,4 +267,4 @@ class TokenizersConfig:
     text: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     """Text tokenizer; may be left out in a run without texts and pairs."""
     visual: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
-    """Visual tokenizer; may be left out in a run without images and pairs."""
+    """Visual tokenizer; may be left out in a run with neither images nor pairs."""

@@ -101,7 +101,7 @@ class ModelConfig:
     and `["images", "texts"]` a dual encoder (paper, figure 3)."""
     dense: DenseConfig | None = None
     """Configures a backbone for detection and segmentation, which accepts images of any size (docs/dense.md). Requires
-    `inputs` = ["images"]. None builds the pretraining model."""
+    `inputs` = ["images"]. None builds the model for pretraining and all other tasks."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
     """Maximum number of text positions whose MLM logits are in memory at the same time. Each position has
     `text_vocab_size` logits."""

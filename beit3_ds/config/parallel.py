@@ -105,7 +105,9 @@ class ParallelConfig:
             raise ConfigError(fault)
 
     def find_fault(self, model: ModelConfig, micro_batches: int) -> str | None:
-        """Returns an error message about the first rule of `check_model` that is broken, or None if the sizes fit."""
+        """Returns an error message for the first rule that the sizes break, or None if the sizes fit. `check_model`
+        raises an error with this message.
+        """
         tensor, stages, virtual = (
             self.tensor_parallel_size,
             self.pipeline_parallel_size,

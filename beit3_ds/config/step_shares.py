@@ -26,8 +26,8 @@ class StepShares:
     The sizes of the shares are those of dealing cards: each rank in turn gets one sample, first of the images, then of
     the pairs, then of the texts. Each rank divides its samples among its micro-batches in the same way. The totals of
     two ranks, or of two micro-batches of one rank, therefore differ by at most one sample. `slots` determines which
-    samples a rank gets. Uneven shares do not change the loss, because each loss term is divided by its count over the
-    whole step.
+    samples a rank gets. Uneven shares do not change the loss, because each loss term is a mean over the samples or
+    positions of the whole step.
     """
 
     samples: SampleCounts

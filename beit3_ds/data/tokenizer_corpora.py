@@ -1,4 +1,4 @@
-"""Reads the text on which the text tokenizer is trained, from the training files of a run."""
+"""Reads the training files of a run, and yields the text on which the text tokenizer is trained."""
 
 import warnings
 from collections.abc import Iterator

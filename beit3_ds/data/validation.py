@@ -51,8 +51,8 @@ class ValidationBatches:
         """Prepares the batches that are not in memory yet; returns early on a stop signal.
 
         Raises:
-            ConfigError: if a record is broken, or a batch is not ready within the time limit; the message names the
-                record.
+            ConfigError: if a record is broken, or a batch is not ready within the time limit. The message names the
+                broken record, or the late batch and the record that was being read.
         """
         thread = ReaderThread("reading validation data")
         try:

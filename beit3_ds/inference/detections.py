@@ -29,7 +29,7 @@ def detect_objects(
         One prediction per image, with the detections in descending order of score.
 
     Raises:
-        ConfigError: if an image is broken, or two images have the same name.
+        ConfigError: if an image is broken, or two images have the same name without extension.
     """
     names = [image.stem for image in images]
     if repeated := {name for name in names if names.count(name) > 1}:

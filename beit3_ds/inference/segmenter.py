@@ -52,7 +52,7 @@ class Segmenter:
             scales: relative sizes at which images are segmented, such as (0.75, 1.0); scores are averaged over the
                 sizes. None uses the scales of the training run.
             flips: whether to average with the flipped image; None uses the setting of the training run.
-            options: device, dtype and sizes (`LoadOptions`).
+            options: `device`, `dtype` and `image_size` (`LoadOptions`).
 
         Raises:
             ConfigError: if a file cannot be read, the weights have no head that segments images, or transformers is not

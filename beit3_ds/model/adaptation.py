@@ -54,7 +54,7 @@ TEXT_POSITION = "embeddings.text_position"
 """Name of the text position table. Only this tensor's shape depends on `max_text_length`."""
 
 _MAPPED_BYTES = 2**26
-"""Number of bytes to read before the file's memory-mapped pages are released."""
+"""Number of parameter bytes to fill before the memory-mapped pages of the weight files are released."""
 _ADAPTABLE = frozenset(
     {"image_size", "patch_size", "dense", "max_text_length", "layout", "num_vision_language_layers", "final_norm"}
     | {"inputs"}
@@ -214,7 +214,13 @@ class AdaptedWeights:
         return any(name in names and modality not in self.model.modalities for modality, names in _TABLES.items())
 
     def _check_inputs(self, wanted: Iterable[str]) -> None:
-        """Checks that the stored weights contain the tensors that the model's inputs need.
+        """Checks that weights of a model with fewer kinds of input contain the tensors that this model needs.
+
+        Does nothing if the stored weights' model takes all kinds of input. Tensors of the head and the final norm may
+        be missing.
+
+        Args:
+            wanted: names of the tensors that this model needs.
 
         Raises:
             ConfigError: if tensors are missing; the message gives their number and one example.

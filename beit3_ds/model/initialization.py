@@ -31,12 +31,12 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """Returns the whole initial value of one parameter, float32 on the CPU.
 
     BEiT's initialization (paper, section 2.3) draws weights from a truncated normal distribution. The standard
-    deviation is 0.02, or `config.initial_embedding_std` for embeddings. In block l (from 1), the attention output
-    projection and the second FFN layer are divided by sqrt(2 l).
+    deviation is 0.02, or `config.initial_embedding_std` for embeddings. In block l (from 1), the weights of the
+    attention output projection and the second FFN layer are divided by sqrt(2 l).
 
-    With `sub_layernorm`, the weight matrices of blocks follow Magneto (arXiv:2210.06423, figure 2): Xavier normal, with
-    gain sqrt(log(2 L)) for the value projection, the attention output projection and the FFN. L is the number of
-    blocks.
+    With `sub_layernorm`, the weight matrices of blocks follow Magneto (arXiv:2210.06423, figure 2) instead, without
+    this division. Their distribution is Xavier normal. The gain is sqrt(log(2 L)) for the value projection, the
+    attention output projection and the FFN, and 1 for other matrices. L is the number of blocks.
 
     Biases and relative positions are 0, and norm weights are 1.
 

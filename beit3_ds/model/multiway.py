@@ -1,4 +1,4 @@
-"""Implements linear layers and norms with one set of parameters per expert, each applied to the expert's rows."""
+"""Implements linear layers and norms with one set of parameters per expert, for the rows of this expert."""
 
 # T packed rows, D input width, F output width.
 

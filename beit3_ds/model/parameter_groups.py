@@ -81,7 +81,8 @@ def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[Par
     """Divides parameters into optimizer groups with equal settings. No group is empty.
 
     Args:
-        parameters: parameters, or other values to group, by the parameters' logical names.
+        parameters: maps the logical name of each parameter to the parameter, or to another value that is grouped
+            instead.
         config: the run's configuration.
 
     Returns:

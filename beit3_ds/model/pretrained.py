@@ -76,7 +76,7 @@ class PretrainedWeights:
     def release_pages(self) -> None:
         """Remaps the files, so that pages read so far no longer count as memory of this process.
 
-        Pages that an existing tensor uses stay in memory.
+        If a tensor read from a file still exists, all pages read from this file still count.
         """
         self._places.clear()
         self._places = self._open_files()

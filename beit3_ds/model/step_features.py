@@ -16,9 +16,9 @@ class StepFeatures(NamedTuple):
     """Tensors with one row per sample, by name: features, or integers such as ids, which have no gradient. For a whole
     step, the rows of all micro-batches and ranks are concatenated."""
     shared: dict[str, Tensor]
-    """Float tensors that depend only on parameters, such as a temperature, by name. They are equal in all micro-batches
-    and on all ranks. They must not be parameters themselves, because ZeRO-3 partitions parameters again after the
-    forward pass."""
+    """Float tensors, by name, such as a temperature. They depend only on parameters, and are equal in all micro-batches
+    and on all ranks. No parameter may be stored here, because ZeRO-3 partitions parameters again after the forward
+    pass."""
 
     def take(self, kept: slice) -> "StepFeatures":
         """Returns features that contain only the samples in `kept`; `shared` is unchanged."""

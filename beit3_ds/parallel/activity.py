@@ -38,7 +38,9 @@ class Activity:
         self.changes += 1  # changed last, so that a thread that sees the new number also sees the new phase
 
     def waits_for_ranks(self) -> bool:
-        """Returns whether this rank waits for other ranks, because it is in a collective or a collective has failed.
+        """Returns whether this rank waits for other ranks.
+
+        The rank waits while a thread is in a collective. It also waits after a collective has failed.
 
         Inspects the Python stacks of the main thread and of threads that `threading` does not list, such as torch's
         backward threads. GPU load cannot show a wait, because NCCL's kernels keep a waiting GPU busy.

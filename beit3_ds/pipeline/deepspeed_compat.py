@@ -146,7 +146,7 @@ def clip_gradients(engine: DeepSpeedEngine, norm: float) -> None:
 
 
 def begin_update(engine: DeepSpeedEngine) -> None:
-    """Marks the gradients of split parameters as `tensor_model_parallel`.
+    """Prepares an update: marks the gradients of split parameters as `tensor_model_parallel`, unless ZeRO is used.
 
     DeepSpeed needs this mark for the gradient norm in bf16 without ZeRO.
     """

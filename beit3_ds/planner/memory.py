@@ -191,10 +191,11 @@ def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int
 
 
 def _attention_core(rank_model: RankModel, rows: BlockRows, layer: int) -> int:
-    """Returns the bytes of five saved tensors: queries, keys, values, attention output, and the scores' log-sum-exp.
+    """Returns the bytes of the tensors that attention saves: queries, keys, values, output, and the scores'
+    log-sum-exp.
 
-    With relative positions, all of these except the log-sum-exp are saved in a wider form. The queries and the
-    attention output are then also saved in their original width.
+    With relative positions, all of these except the log-sum-exp are saved in a wider form. The queries and the output
+    are then also saved in their original width.
     """
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size
@@ -233,7 +234,10 @@ def _head_activations(rank_model: RankModel, workload: Workload) -> int:
 
 
 def _kept_logits(rank_model: RankModel, rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns the bytes of the logit buffers plus those of the maximum logits, one per row and vocabulary tile."""
+    """Returns the bytes of the logit buffers and of the maximum logits.
+
+    There is one maximum logit for each row and vocabulary tile.
+    """
     tiles = divide_for_cpu(rows, rank_model.tensor.split_vocabulary(vocabulary).local_size, chunk_size)
     return rows * (tiles.num_buffers * tiles.stride + len(tiles.columns)) * _STATISTIC
 

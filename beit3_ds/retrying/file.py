@@ -21,7 +21,7 @@ class RetryingFile:
         """Stores the arguments; does not open the file.
 
         Args:
-            path: path of the file; missing folders are created.
+            path: path of the file. Each write creates missing folders.
             report: function that takes one line of text. It is called when writing fails, and when writing succeeds
                 again.
             has_lines: whether the file consists of lines. With True, an append first adds a newline if the last line

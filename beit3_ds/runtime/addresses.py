@@ -69,7 +69,7 @@ def find_meeting_address(launch: Launch) -> str:
 
 
 def find_interface(address: str) -> str | None:
-    """Returns the name of the network interface with an address; None if this host has no such interface. Every
+    """Returns the name of the network interface that has `address`, or None if this host has no such interface. Every
     loopback address belongs to the loopback interface.
     """
     for name, found in psutil.net_if_addrs().items():

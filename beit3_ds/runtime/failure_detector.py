@@ -65,10 +65,11 @@ class FailureDetector:
         return None
 
     def describe_slow(self) -> list[str]:
-        """Returns one line for each slow rank to report now; a rank is slow if other ranks wait for it.
+        """Returns one line for each slow rank that is due for a report, at most 8 lines; a rank is slow if other ranks
+        wait for it.
 
-        A rank is reported when its delay reaches `heartbeat_timeout_seconds`, and again each time the delay has
-        doubled.
+        A rank is due when its delay reaches `heartbeat_timeout_seconds`, and again each time the delay has doubled. If
+        more than 8 ranks are due, the first 8 get a line, and the others count as reported.
         """
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)

@@ -39,7 +39,17 @@ def init_process_group(parallel: ParallelConfig, output_dir: str | None = None) 
 def _join_launched(
     parallel: ParallelConfig, output_dir: str | None, contended_at: Callable[[], float]
 ) -> tuple[Mesh, Callable[[float], dist.Store]]:
-    """Joins the process group; returns the mesh, and a function that opens another connection to the store."""
+    """Joins the process group; returns the mesh, and a function that opens another connection to the store.
+
+    The returned function takes the time limit in seconds for each request to the store. In a run with one process, the
+    returned function gives the existing store in memory.
+
+    Args:
+        parallel: layout and time limits.
+        output_dir: output folder, which may hold the file with the ranks' secret (`read_secret`).
+        contended_at: function that returns the monotonic time when another command was last seen waiting for the output
+            folder; -inf if never.
+    """
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -242,9 +242,10 @@ class Rendezvous:
         return answer
 
     def _find_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> tuple[str, KeyedStore, list[dict[str, Any]]]:
-        """Waits for all ranks. Returns a random challenge, a store that signs with it, and a description of each rank.
+        """Waits for all ranks. Returns a random challenge, a store, and a description of each rank.
 
-        Ranks sign their descriptions with the secret and the challenge. So descriptions of an earlier run are invalid.
+        The store signs values with a key that is derived from the ranks' secret and the challenge. Ranks sign their
+        descriptions with this key. So descriptions of an earlier run are invalid.
         """
         challenge, size = secrets.token_hex(16), self._launch.world_size
         invitation = KeyedStore(base, self._secret)
@@ -332,7 +333,11 @@ class Rendezvous:
         return ""
 
     def _interface(self, addresses: list[str]) -> str | None:
-        """Returns the network interface to rank 0's host or, on that host, to the other hosts; None if unknown."""
+        """Returns the network interface through which this host reaches the other hosts; None if unknown.
+
+        This is the interface to the master address. If the master address is reached over loopback and there are other
+        hosts, this is the interface to one of the other hosts.
+        """
         own = source_address(*self._target())
         others = [address for address in addresses if not is_loopback(address)]
         if is_loopback(own) and others:

@@ -38,8 +38,8 @@ class Watchdog:
     the `FailureDetector`; the other ranks read the result. These failures end a run:
 
     * a rank failed: the rank reported its error in the store before it ended;
-    * a rank does not answer: the rank sent no heartbeat for `heartbeat_timeout_seconds`, or for five seconds after a
-      collective failed;
+    * a rank does not answer: the rank sent no heartbeat for `heartbeat_timeout_seconds`. After a failed collective, all
+      ranks are asked for an immediate heartbeat, and a rank must send it within five seconds;
     * a rank stalled: for `timeout_seconds` its main thread neither made progress nor waited, while other ranks waited;
     * a collective failed although all ranks answer, usually because it timed out;
     * the store does not answer: rank 0, its host or the network link to it is down.
@@ -109,8 +109,8 @@ class Watchdog:
         """Reports this rank's failure to rank 0, and waits at most five seconds until a failure is published to all
         ranks.
 
-        Rank 0 then waits at most five more seconds until all ranks have read the published failure. If another rank has
-        already reported a failure, the report of this rank has no effect.
+        On rank 0, this method then waits at most five more seconds until all ranks have read the published failure. If
+        another rank has already reported a failure, the report of this rank has no effect.
         """
         self._report(f"{self._describe(self._rank)} failed: {_first_line(error)}")
 

@@ -111,8 +111,8 @@ class RankTask:
     """Opened samples of each source, by source name; empty on ranks that read no data. Ranks compare the files behind
     these samples, to detect that ranks see different data."""
     files: Mapping[str, str | None] = field(default_factory=dict)
-    """Paths of files outside the data streams, such as a list of class names, by configuration key. All ranks must have
-    equal keys and files with equal contents."""
+    """Paths of files outside the data streams, such as a list of class names, by configuration key. A path is None if
+    the run does not use the file. All ranks must have equal keys and files with equal contents."""
 
     @classmethod
     def open(

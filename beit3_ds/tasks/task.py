@@ -46,7 +46,9 @@ from beit3_ds.tasks.rank_task import RankShare, RankTask
 
 
 class Term(NamedTuple):
-    """Describes a loss term or a metric; a term is a mean over the samples or positions of a training step."""
+    """Describes a loss term or a metric. Its value is a mean over the samples or positions of a training step or of the
+    validation data.
+    """
 
     name: str
     """Name of the term in logs, metrics and messages."""

@@ -38,12 +38,12 @@ class WordBorders(NamedTuple):
     padding and EOS; `ends` then tells where words start.
     """
     ends: NDArray[np.bool_]
-    """Whether a word ends at each id, as far as the id itself tells, (vocab_size,). The next id then starts a word.
-    True for BOS, padding and EOS.
+    """Whether a word ends at each id, as far as the id itself tells, (vocab_size,). If True, the id that follows in a
+    text starts a word. True for BOS, padding and EOS.
 
     In a SentencePiece model that writes white space after words (`dog▁`), also True for pieces that end with white
     space, and False for all other ids. In a model that writes white space before words (`▁dog`), True only for BOS,
-    padding and EOS; `starts` then tells where words start.
+    padding and EOS. In such a model, `starts` tells where words start.
     """
 
     def mark_word_starts(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:

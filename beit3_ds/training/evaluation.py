@@ -127,8 +127,8 @@ def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) 
     """Returns the mean of each loss term over all ranks, by name, without terms of count 0. Sends 3 x K elements.
 
     Args:
-        sums: sum of each term on this data-parallel rank, (K,); used on the last stage only.
-        counts: count of each term on this data-parallel rank, (K,); used on all stages.
+        sums: sum of each term on this data-parallel rank, (K,); only the values of the last pipeline stage are used.
+        counts: count of each term on this data-parallel rank, (K,); must be equal on all pipeline stages.
         terms: the K loss terms of the task.
         mesh: mesh of all ranks.
     """

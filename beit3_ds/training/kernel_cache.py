@@ -1,9 +1,9 @@
 """Compiles the Triton kernels of a run into Triton's cache, on a machine without a GPU.
 
-A small copy of the run's model, with one layer of each kind, trains and predicts on a few rows. A fake GPU driver
-compiles each launched kernel without running it (`fake_driver`). A run can use the cache if its GPUs have the
-architecture for which the kernels were compiled. The run must also use the versions of Triton and of this package that
-filled the cache. Kernels do not depend on the number of rows.
+A small copy of the run's model, with one layer of each kind, trains and predicts on a few rows. A few rows suffice,
+because kernels do not depend on the number of rows. A fake GPU driver compiles each launched kernel without running it
+(`fake_driver`). A run can use the cache if its GPUs have the architecture for which the kernels were compiled. The run
+must also use the versions of Triton and of this package that filled the cache.
 """
 
 import time
@@ -134,7 +134,7 @@ def _build_batch(task: Task) -> PackedBatch:
 
 @contextmanager
 def _tensor_parallel(parallel: ParallelConfig) -> Iterator[TensorParallel]:
-    """Yields a tensor-parallel group of the run's size. Its collectives do nothing and leave results undefined."""
+    """Yields a group of `parallel.tensor_parallel_size` ranks. Its collectives leave results undefined."""
     size = parallel.tensor_parallel_size
     if size == 1:
         yield TensorParallel()

@@ -29,15 +29,16 @@ def warmup_then_decay(
 ) -> float:
     """Returns the learning rate of one step: a linear warmup, then half a cosine or a straight line.
 
-    The first step has rate peak / warmup_steps, the last warmup step has the peak, and the last step has the minimum.
-    BEiT v2's schedule is shifted by one step: its first step has rate 0, and its last step does not quite reach the
-    minimum.
+    The first warmup step has rate peak / warmup_steps, the last warmup step has the peak, and the last step of the
+    schedule has the minimum. If the warmup lasts for the whole schedule, the last step has the peak instead. BEiT v2's
+    schedule is shifted by one step: its first step has rate 0, and its last step does not quite reach the minimum.
 
     Args:
         step: index of the step, from 0.
         peak: largest learning rate.
-        minimum: learning rate of step total_steps - 1 and later.
-        warmup_steps: number of steps of the linear warmup; with 0, the decay starts at once.
+        minimum: learning rate at the end of the decay and in later steps.
+        warmup_steps: number of steps of the linear warmup; with 0, the decay starts at once, and the first step is
+            already below the peak.
         total_steps: number of steps of the schedule.
         decay: curve after the warmup.
     """

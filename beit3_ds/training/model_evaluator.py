@@ -60,7 +60,9 @@ class ModelEvaluator:
         yield from self.schedule.run_forward(together, None, self.prepare)
 
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the name and the float32 tensor of each parameter of this stage, read from the weights on disk."""
+        """Reads each parameter of this pipeline stage from the weights on disk, and yields its name and its float32
+        tensor.
+        """
         for name, _ in self.model.named_parameters():
             yield name, self.weights.read(name).float()
 

@@ -43,7 +43,8 @@ class SplitBatches:
 
 
 class StoppableBatches:
-    """Iterates over this rank's batches together with all other ranks, and stops on all ranks after a stop signal.
+    """Iterates over this rank's batches in step with the other ranks. An error or a stop signal on one rank stops all
+    ranks.
 
     Before each batch, all ranks exchange three integers.
     """

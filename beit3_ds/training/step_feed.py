@@ -1,4 +1,7 @@
-"""Fetches a rank's data between updates, when all ranks can still agree to save and stop."""
+"""Fetches a rank's data for the next step, and keeps errors until all ranks know of them.
+
+All ranks can then save and stop together.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,7 @@
 """Reads weights in the format of BEiT-3's reference code (unilm), as tensors with this project's names.
 
-Names and shapes follow unilm's code. The official files were never tested. Files that this program did not export
-become models with the layout `decoupled` (`ModelConfig.layout`).
+Names and shapes follow unilm's code. This reader was never tested with the official files. A file that this program did
+not export gives a model with the layout `decoupled` (`ModelConfig.layout`).
 """
 
 import dataclasses

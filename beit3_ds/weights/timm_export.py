@@ -1,4 +1,4 @@
-"""Plans the export of a model's vision tower to timm's format, such as `beit3_base_patch16_224`."""
+"""Plans the export of a model's vision tower to a timm model, such as `beit3_base_patch16_224`."""
 
 from collections.abc import Iterator
 from itertools import chain

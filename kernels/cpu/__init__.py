@@ -1,1 +1,1 @@
-"""Provides memory allocation, chunks of rows and matrix products for the CPU implementations of the ops."""
+"""Helps the ops on a CPU: allocates memory, divides rows into chunks, and computes matrix products."""

@@ -6,8 +6,8 @@ tensors that live long also split the free space between large tensors.
 
 So activations and gradients get their own address range. Activations are allocated from the lower end, and are freed in
 the order of allocation or in reverse order. Weight gradients live until the optimizer's update. They are allocated from
-the upper end. At the end of the backward pass, weight gradients reuse memory that activations have freed
-(BENCHMARKS.md). On a GPU, PyTorch's caching allocator does this work.
+the upper end of the part that was used or reserved so far. At the end of the backward pass, weight gradients reuse
+memory that activations have freed (BENCHMARKS.md). On a GPU, PyTorch's caching allocator does this work.
 """
 
 import math

@@ -18,9 +18,9 @@ _FEWEST_ROWS = 256
 _FEWEST_ROWS_TRANSPOSED = 1024
 """Minimum rows for oneDNN if only the transpose of the weight matrix is contiguous."""
 _STRIP, _STRIP_OF_LONG_ROWS, _LONG_ROW = 512, 16, 2048
-"""Number of rows that `_transpose` copies at a time: `_STRIP`, or `_STRIP_OF_LONG_ROWS` if a row has at least
-`_LONG_ROW` columns. In such a matrix, the elements of a column lie so far apart that they compete for the same cache
-lines."""
+"""Number of rows that `_transpose` copies at a time: `_STRIP`, or `_STRIP_OF_LONG_ROWS` if the matrix has at least
+`_LONG_ROW` columns. With so many columns, the elements of a column lie so far apart that they compete for the same
+cache lines."""
 
 
 def matmul(x_RD: Tensor, w_FD: Tensor, b_F: Tensor | None, out_RF: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection. This module
 needs whole rows. If tensor-parallel ranks divide the columns of a row, `sub_norm` is used instead. On a CPU,
-`out_projection` computes GELU and sub-LN itself; this module's operators are then used for checks alone.
+`out_projection` computes GELU and sub-LN itself, and only checks use this module's operators.
 """
 
 # T packed rows, F width, E experts.

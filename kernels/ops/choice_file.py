@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 SHIPPED = Path(__file__).parents[1] / "choices"
-"""Folder with the lists of fastest implementations that are shipped with the package, one file per GPU model and set of
-software versions."""
+"""Folder of the lists that are shipped with the package. Each file lists the fastest implementations for one GPU model
+and one set of software versions."""
 
 
 class ChoiceFile:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 
 class LabelSmoothing(NamedTuple):
-    """Describes smoothed labels over a vocabulary. If ranks divide the vocabulary, this rank holds one shard of it."""
+    """Describes smoothed labels over a vocabulary. If ranks divide the vocabulary, this rank holds one shard of the
+    vocabulary.
+    """
 
     probability: float
     """Total probability e of all vocabulary entries except the target; 0 <= e < 1."""

@@ -42,11 +42,12 @@ def multiway_layer_norm_reference(
 def multiway_layer_norm(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalises each row with its expert's scale and shift; also returns the input for the residual connection.
+    """Normalises each row with its expert's scale and shift; also returns x_TD, which the residual connection should
+    use.
 
-    If the residual connection uses the returned x_TD, the backward pass of the norm adds the residual's gradient,
-    without a separate pass over the rows. The op saves x, the scales and two numbers per row. It copies neither x nor
-    the scales. An expert without rows gets zero gradients.
+    If the residual connection uses the returned x_TD, the backward pass of the norm adds the residual connection's
+    gradient to the gradient of x_TD, without a separate pass over the rows. The op saves x, the scales and two numbers
+    per row. It copies neither x nor the scales. An expert without rows gets zero gradients.
 
     Args:
         x_TD: packed rows of the residual stream, in the parameters' dtype or float32.
@@ -174,7 +175,7 @@ def _forward_plain(
     """Applies PyTorch's LayerNorm to each expert's rows, in chunks that fit into the cache.
 
     Returns:
-        h_TD, then two tensors (rows, 1) per expert: the mean, and 1 / standard deviation of the expert's rows.
+        h_TD, then two tensors (rows, 1) per expert: the mean of each row, and 1 / standard deviation of each row.
     """
     lengths, length = row_lengths(stops), chunk_rows(x_TD)
     h_TD = ALLOCATOR.empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)

@@ -226,7 +226,7 @@ def _tiling(q_THK: Tensor) -> "AttentionTiling":
 class PackedAttention(torch.autograd.Function):
     """Computes packed attention with this project's kernels, tile by tile.
 
-    On a CPU, runs plain PyTorch, sequence by sequence. Only checks run it on a CPU.
+    On a CPU, runs plain PyTorch, sequence by sequence. The CPU path is only for checks.
     """
 
     @staticmethod

@@ -8,7 +8,7 @@ CPU_WIDTH = 1024
 """Vocabulary columns per tile on a CPU. Without tiles, the matrix products take up to twice as long (BENCHMARKS.md)."""
 
 ALIGNMENT = 64
-"""On a GPU, the row stride of a tile is a multiple of this number of elements. So kernels access 128 bits at a time."""
+"""Divisor of the row stride of a buffer on a GPU, in elements. Kernels can therefore access 128 bits at a time."""
 
 
 class VocabularyTiles(NamedTuple):
@@ -73,7 +73,11 @@ def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
 
 
 def _max_columns(num_rows: int, vocabulary: int, chunk_size: int | None) -> int:
-    """Returns how many vocabulary columns one tile can have if the logits of all rows must fit into the chunk size."""
+    """Returns the maximum number of vocabulary columns in one tile.
+
+    A tile contains the logits of all rows. It has at most `chunk_size` x `vocabulary` logits, but always at least one
+    column. Without a chunk size, the maximum is `vocabulary`.
+    """
     return vocabulary if chunk_size is None else max(1, min(vocabulary, chunk_size * vocabulary // max(1, num_rows)))
 
 

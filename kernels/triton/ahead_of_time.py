@@ -46,9 +46,8 @@ SOURCES = (
     residual_add_launch.variants,
     linear_cross_entropy_launch.variants,
 )
-"""Functions that return the kernel variants to compile. There is one function for each file of kernels. Its argument is
-a GPU architecture (80, 90 or 100). If you add a file of kernels, add its function here, and its budgets to
-budgets.json."""
+"""Functions that return the kernel variants to compile, one function per file of kernels. Each function takes a GPU
+architecture (80, 90 or 100). If you add a file of kernels, add its function here, and its budgets to budgets.json."""
 
 ARCHITECTURES = (80, 90, 100)
 

@@ -121,7 +121,8 @@ def out_projection(
         slices: row range [start, stop) of each expert.
         weights: one matrix (D, F) per expert, for output width D and input width F.
         biases: one vector (D,) per expert; empty for no biases.
-        residual_TD: residual stream to add, or None. The output has the stream's dtype.
+        residual_TD: residual stream to add, or None. The output has the dtype of the stream, or that of `a_TF` if the
+            stream is None.
         factor_T: drop-path factor of each row in any floating dtype; None means 1.
     """
     (out_width, in_width), flags = weights[0].shape, (bool(biases), residual_TD is not None, factor_T is not None)

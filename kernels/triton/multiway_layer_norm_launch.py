@@ -122,7 +122,9 @@ _BACKWARD = KernelLauncher(backward_kernel)
 
 
 def variants(architecture: int) -> list[KernelVariant]:
-    """Returns the variants to compile ahead of time: both kernels, for several widths and dtypes."""
+    """Returns the variants to compile ahead of time: forward and backward kernels for several widths and dtypes, with
+    and without GELU.
+    """
     cases = [("bf16", width) for width in (768, 1024, 1408)]
     cases += [("fp16", 768), ("fp16", 1024), ("fp16", 1408), ("fp32", 768)]
     # A float32 residual stream has float32 rows and gradients; h and the parameters are narrower.

@@ -34,8 +34,9 @@ def certify(
     """Runs the sections with missing or incomplete results in the report's folder; updates the report after each
     section.
 
-    First runs the sections that have no recorded status. Then runs sections that did not complete, for example because
-    an earlier call cut them off, and sections with failed measurements. Skips measurements that succeeded before.
+    After the machine's section, runs the sections that have no recorded status. Then runs sections that did not
+    complete, for example because an earlier call cut them off, and sections with failed measurements. Skips
+    measurements that succeeded before.
 
     Args:
         folder: folder for the report, the results and the sections' logs; created if missing.
@@ -46,8 +47,9 @@ def certify(
         architecture: compute capability of a GPU to emulate (`dry_run`): 80, 90 or 100. None measures this machine.
 
     Returns:
-        Exit status: 0 if the sections to run have succeeded, now or in an earlier call, or lack a package or a GPU;
-            otherwise 1 (`write_report`).
+        Exit status: 1 if no call has described the machine, or if a section to run did not complete or has a failed
+            measurement or check (`write_report`); otherwise 0. Success in an earlier call counts. A section that lacks
+            a package or a GPU does not count as failed.
 
     Raises:
         ConfigError: if a name in `only` is unknown, the folder contains other files, or the results are from another

@@ -62,9 +62,10 @@ class Model(NamedTuple):
 
 
 def models(device: torch.device) -> tuple[Model, ...]:
-    """Returns the models to time: on a GPU, base and 8 of giant's 40 layers; on a CPU, 2 layers of tiny.
+    """Returns the models to time.
 
-    A dry run emulates a GPU on a CPU. It gets 2 layers of base and 2 layers of giant.
+    On a GPU: the whole base model, and the giant model with 8 of its 40 layers. On a CPU: the tiny model with 2 layers.
+    In a dry run, in which a CPU emulates a GPU: the base model and the giant model, each with 2 layers.
     """
     if kind_of(device) == "dry":
         base = Model("base", "base", 2, 1, has_small_vocabularies=True)

@@ -69,7 +69,9 @@ def _say(text: str) -> None:
 
 
 def _measure_ranks(folder: Path, size: str, ranks: int) -> list[Row]:
-    """Saves a checkpoint, loads it in new processes, and checks that the loaded state equals the saved state."""
+    """Measures saving checkpoints and loading them in new processes, and checks that the loaded state equals the saved
+    state.
+    """
     saved = run_ranks(folder, "save", size, _SAVES, ranks)
     _say("saved")
     loaded = run_ranks(folder, "load", size, _LOADS, ranks)

@@ -107,7 +107,7 @@ def time_opening(num_shards: int) -> str:
 def _write_corpora(folder: Path) -> DataConfig:
     """Writes a text corpus, and image-text pairs in three formats: tars, a folder, and COCO annotations.
 
-    Prepares the tars and the COCO annotations; `_count_texts` prepares the texts.
+    Also writes the tar indices and the annotation table. `_count_texts` prepares the text corpus.
     """
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}

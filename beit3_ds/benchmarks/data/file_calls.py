@@ -11,7 +11,7 @@ _IO = "/proc/self/io"
 
 @dataclass
 class FileCalls:
-    """Holds the numbers of file calls of this process, summed over all threads."""
+    """Holds counts of this process's file calls, summed over all threads."""
 
     opens: int = 0
     """Number of calls of `open` and `os.open`. Files that torch maps into memory are not counted."""

@@ -40,11 +40,12 @@ _PROPOSALS, _SAMPLED_BOXES = 200, 128
 
 
 def measure_detection(rounds: int = 3, pixels: int = 256, num_images: int = 2) -> dict[str, Any]:
-    """Times training steps (forward and backward) and inference of the two detectors in turn.
+    """Times training steps (forward and backward) and inference of this project's detector and torchvision's Mask
+    R-CNN.
 
-    Both detectors have a trunk of 4 layers with width 192 and the same feature pyramid. They also have the same number
-    of proposals, and four convolutions per head. This project's detector has three box stages, and torchvision's has
-    one.
+    The detectors run in turn. Both have a trunk of 4 layers with width 192 and the same feature pyramid. They also have
+    the same number of proposals, and four convolutions per head. This project's detector has three box stages, and
+    torchvision's has one.
 
     Args:
         rounds: measurements per detector; the result is the median.

@@ -98,7 +98,9 @@ class TransformersModel(nn.Module):
         return loss
 
     def scores(self, pixels: Tensor) -> Tensor:
-        """Returns the score of each class at each pixel, (B, C, height, width), like transformers' image processor."""
+        """Returns the score of each class at each pixel, (B, C, height, width), with the formula of transformers' image
+        processor.
+        """
         found = self.whole(pixels)
         masks = F.interpolate(found.masks_queries_logits, pixels.shape[2:], mode="bilinear", align_corners=False)
         return torch.einsum("bqc,bqhw->bchw", found.class_queries_logits.softmax(-1)[..., :-1], masks.sigmoid())

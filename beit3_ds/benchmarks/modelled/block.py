@@ -150,12 +150,12 @@ def _weight_gradient(
     num_layers: int,
     experts: tuple[float, ...],
 ) -> OpTime:
-    """Models two times of a weight gradient: before the project's code was optimized, and with the current code.
+    """Models the time of a weight gradient, before the project's code was optimized and with the current code.
 
-    `OpTime.before` is the time of this project's kernel with one launch per layer. `OpTime.now` is the time of the
-    faster of cuBLAS and this project's current kernel. The current kernel has one launch for all `num_layers` layers,
-    and may split the rows of an expert between Triton programs. The time of this project's kernel follows from the
-    number of waves of Triton programs. The time of cuBLAS follows from the FLOPs.
+    `OpTime.before` is the time of this project's earlier kernel, which has one launch per layer. `OpTime.now` is the
+    time of the faster of cuBLAS and this project's current kernel. The current kernel has one launch for all
+    `num_layers` layers, and may split the rows of an expert between Triton programs. The times of this project's
+    kernels follow from the number of waves of Triton programs. The time of cuBLAS follows from the FLOPs.
     """
     from beit3_ds.kernels.triton.weight_gradient_launch import choose_share_rows, splits_rows
 

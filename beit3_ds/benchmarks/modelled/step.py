@@ -23,8 +23,8 @@ class HostTimes(NamedTuple):
     """
 
     layer: tuple[float, float]
-    """Seconds per block for launching the kernels of the forward and backward pass: before the project's code was
-    optimized, and now."""
+    """Host time per block in seconds: before the project's code was optimized, and now. Each value is the time for
+    launching the kernels of the forward and backward pass."""
     norm: tuple[float, float]
     """Seconds per step for the gradient norm: before the project's code was optimized, and now. The GPU is idle during
     this time."""

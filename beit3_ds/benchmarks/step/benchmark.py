@@ -21,7 +21,8 @@ REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
 """Name of the reference with texts padded to the batch's longest text, which is faster than padding to the limit."""
 
 Row = dict[str, dict[str, Any]]
-"""Figures of one round. The keys are the name of the process, then the name of the figure."""
+"""Figures of one round. The outer key is the name of the measured process, and the inner key is the name of the figure.
+"""
 
 
 def benchmark_train(

@@ -49,8 +49,8 @@ VARIANTS = (
     StepVariant("two ranks, ZeRO-1", 2, 1, 1),
     StepVariant("two ranks, ZeRO-3", 2, 1, 3),
 )
-"""Ways to run the step. Each variant adds a cost to the variant before it: separate processes, gradient reduction,
-divided updates, and divided gradients and weights."""
+"""Ways to run the step. The first variant is the baseline. Each later variant adds one cost to the variant before it,
+in this order: separate processes, gradient reduction, divided updates, and divided gradients and parameters."""
 
 
 def benchmark_parallel(json_path: str | None = None) -> str:
@@ -139,7 +139,7 @@ def run_steps(zero_stage: int, shares: int, share: int, folder: str) -> dict[str
         zero_stage: ZeRO stage of the engine.
         shares: number of processes among which the samples are divided.
         share: index of this process, from 0.
-        folder: folder for the file with a secret, by which the processes recognise each other when they connect.
+        folder: folder for a file with a secret. The processes use the secret to recognise each other when they connect.
 
     Returns:
         Median seconds of a whole step, of the forward and backward passes, and of the update.

@@ -163,8 +163,9 @@ class Probe:
 
         Returns:
             Dict with three keys. "wanted" is the argument `port`. "port" is the port on which this method listens:
-            `port` if the first address allows it, else a free port. "owner" names the process that already uses `port`,
-            or another reason why `port` cannot be used; None if `port` can be used.
+            `port` if the first address allows it, else a free port. "owner" is None if the first address allows `port`.
+            Otherwise, "owner" describes the process that listens on `port`; if no such process is found, "owner" is the
+            error message.
         """
         first, *others = addresses
         owner = None

@@ -294,7 +294,11 @@ class Attempt:
         self._changed.set()
 
     def _print_failure(self) -> None:
-        """Prints the first failure, preferably one that no other failure caused, and the failed rank's last output."""
+        """Prints one failure, and the last output of the rank that failed.
+
+        Chooses the first failure that cannot be a consequence of another. If every failure can be a consequence,
+        chooses the first failure.
+        """
         failure = self._failure = min(self._failures, key=lambda failure: failure.is_consequence)
         silent = [rank.name for rank in self._alive().values() if rank.silence > _SILENCE_SECONDS]
         hint = f"; silent for some seconds: {', '.join(silent)}" if silent and failure.is_consequence else ""

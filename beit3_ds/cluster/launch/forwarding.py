@@ -51,6 +51,9 @@ def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
 def _variables_of_deepspeed(environment: Mapping[str, str]) -> dict[str, str]:
     """Reads the variables in the files `.deepspeed_env` of the home folder and the working directory.
 
+    If both files set a variable, the value from the working directory is used. DS_ENV_FILE in `environment` replaces
+    the file name `.deepspeed_env`.
+
     Raises:
         ConfigError: if a line is not NAME=VALUE; the message contains the line number.
     """

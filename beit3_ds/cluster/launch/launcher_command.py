@@ -1,7 +1,7 @@
 """Builds the commands that run DeepSpeed's launcher, which starts one guard (`rank_guard`) per rank.
 
-A guard is the parent of the training process. Launchers pass the guard's command to shells on the hosts. So the command
-contains only words that no shell changes (`plain_words`).
+A guard is the parent of the training process. The launcher passes the guard's command to shells on the hosts. So the
+guard's command contains only words that no shell changes (`plain_words`).
 """
 
 import base64
@@ -178,7 +178,10 @@ def _runner() -> list[str]:
 
 
 def _host_command(hostfile: Hostfile, index: int, per_host: Sequence[str]) -> list[str]:
-    """Returns the command that runs DeepSpeed's launcher on one host, to start the guards of the host's ranks."""
+    """Returns the command that runs DeepSpeed's launcher on one host.
+
+    The launcher starts one guard (`rank_guard`) for each rank of the host.
+    """
     slots = {host.name: list(range(host.slots)) for host in hostfile.hosts}
     variables = [f"{name}={value}" for name in _COMMAND_LINE_VARIABLES if (value := os.environ.get(name))]
     return [

@@ -12,7 +12,7 @@ from beit3_ds.runtime.stop_signals import describe_signal, exit_status, handled_
 class LauncherStopSignals:
     """Records the first stop signal, which is forwarded to all ranks. A later SIGINT kills the ranks.
 
-    SIGHUP counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because ranks end if `beit3 launch` is suspended.
+    SIGHUP counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because the ranks would end if it suspended `beit3 launch`.
     """
 
     def __init__(self, terminal: Terminal) -> None:

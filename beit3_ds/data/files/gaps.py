@@ -29,9 +29,10 @@ def check_has_no_gap(path: str) -> None:
 
 
 def next_written(descriptor: int, position: int, size: int) -> int:
-    """Returns the first written position at or after `position`.
+    """Returns the first position at or after `position` that is not in a gap.
 
-    If nothing more is written, returns `size`, the position of the file's end.
+    If only a gap follows, returns `size`, the position of the file's end. If the file system does not report gaps,
+    returns `position`.
     """
     try:
         return os.lseek(descriptor, position, os.SEEK_DATA)

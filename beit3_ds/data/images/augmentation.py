@@ -78,7 +78,7 @@ class Augmentation:
     def min_side(self) -> int | None:
         """Returns the shorter side, in pixels, that a decoded image must have so that no crop is enlarged.
 
-        None requires the full size.
+        Returns None if images must be decoded in full size, because crops may have any size.
         """
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 

@@ -63,8 +63,8 @@ def read_karpathy(path: str, folder: str, split: str) -> CaptionedImages:
             neither `val` nor `test`. `train` includes `restval`, as in all published results.
 
     Raises:
-        ConfigError: if the file cannot be read, has another form or lacks the split, an image occurs twice, or a
-            caption is empty. The message names the entry.
+        ConfigError: if the file cannot be read or has another form, if the split has no image, if an image id occurs
+            twice, or if a caption is empty. For a repeated id or an empty caption, the message names the entry.
     """
     wanted = ("train", "restval") if split == "train" else (split,)
     samples, found = CaptionedImages(path, folder), Counter[str]()

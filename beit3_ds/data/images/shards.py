@@ -118,7 +118,8 @@ class TarShards:
 
         Args:
             index: index of the sample, from 0.
-            min_side: minimum pixels of the shorter side (`decoding.decode_image`); None decodes all pixels.
+            min_side: minimum pixels of the shorter side if a large JPEG is decoded at a reduced size
+                (`decoding.decode_image`). None decodes all pixels.
 
         Raises:
             BrokenRecordError: if the sample has no image, or the image cannot be read.
@@ -136,7 +137,8 @@ class TarShards:
         return self._decode_caption(shard, record, self._read(shard, record, "caption"))
 
     def pair(self, index: int, min_side: int | None = None) -> tuple[Image.Image, str]:
-        """Returns the image and the caption of a sample; reads them in one operation if they are neighbours in the tar.
+        """Returns the image and the caption of a sample; reads both at once if the gap between them in the tar is
+        small.
 
         Args:
             index: index of the sample, from 0.
@@ -144,6 +146,7 @@ class TarShards:
 
         Raises:
             BrokenRecordError: if the image or the caption is missing or cannot be read.
+            StorageError: if the file system fails.
         """
         shard, record = self._record(index)
         caption_data, image_data = self._read_both(shard, record)

@@ -179,7 +179,10 @@ def _name_piece(piece: TextPiece) -> str:
 
 
 def _with_progress(finished: Iterable[TokenPiece], pieces: Sequence[TextPiece]) -> Iterator[TokenPiece]:
-    """Yields the token files in `finished`; shows a progress bar with bytes and tokens per second on a terminal."""
+    """Yields the token files in `finished`, and shows a progress bar on a terminal.
+
+    The bar shows two rates: bytes per second and tokens per second.
+    """
     num_bytes = sum(piece.stop - piece.start for piece in pieces)
     num_tokens = 0
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:

@@ -162,7 +162,8 @@ def find_token_pieces(
     """Returns all token files of a text file, in order; checks that they are complete and up to date.
 
     Raises:
-        ConfigError: if a token file is missing or damaged, or does not match the text file or the tokenizer.
+        ConfigError: if a token file is missing or damaged, or does not match the text file, the tokenizer or
+            `document_separator`.
     """
     status, end = os.stat(text), 0
     pieces: list[TokenPiece] = []

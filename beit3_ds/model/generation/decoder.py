@@ -134,10 +134,11 @@ class CaptionDecoder:
         self._captions = [(keys, keys) for keys in empty]
 
     def _attend_to_cache(self, number: int) -> tuple[Callable[..., Tensor], list[tuple[Tensor, Tensor]]]:
-        """Returns the attention function of block `number`, and a list that this function fills.
+        """Returns the attention function of block `number`, and an empty list that the attention function fills.
 
-        The function computes attention of each caption's last word and mask token to the image and the caption. It
-        appends one pair to the list: the keys and the values of all words of the captions, without the mask tokens.
+        In the attention function, the last word and the mask token of each caption attend to the image and the caption.
+        The attention function appends one pair to the list: the keys and the values of all words of the captions,
+        without the mask tokens.
         """
         image_keys, image_values = self._images[number]
         old_keys, old_values = self._captions[number]

@@ -20,7 +20,7 @@ RunBlocks = Callable[[Tensor, range], Tensor]
 
 
 class ViTAdapter(nn.Module):
-    """Computes four feature maps around a plain ViT, with 1/4 to 1/32 of the image's height and width.
+    """Adds four feature maps to a plain ViT. The maps have 1/4, 1/8, 1/16 and 1/32 of the image's height and width.
 
     Convolutions compute a feature pyramid. Before each group of ViT blocks, the patches attend to the pyramid
     (injector). After the group, the pyramid attends to the patches (extractor). These attentions are deformable. The

@@ -23,8 +23,8 @@ def adapter_initial_value(
         generator: generator of random numbers.
 
     Returns:
-        Initial value, float32 on the CPU. None for norms, for other linear layers, and for the biases of convolutions
-        and projections.
+        Initial value, float32 on the CPU. None for norms, for linear layers outside deformable attention, and for the
+        biases of convolutions and projections.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "gamma":

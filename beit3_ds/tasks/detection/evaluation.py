@@ -107,7 +107,7 @@ class DetectedSplit:
         return samples.source, index
 
     def identifier(self, place: int) -> int:
-        """Returns the id of an image, which its annotation file defines."""
+        """Returns the id that the annotation file gives to an image."""
         source, index = self.locate(place)
         return int(source.identifiers[index])
 

@@ -1,4 +1,4 @@
-"""Reads annotation files of objects in COCO's format, which Objects365 also uses.
+"""Reads object annotation files in COCO's format, which Objects365 also uses.
 
 | member | keys that are read |
 |---|---|

@@ -10,8 +10,8 @@ _OUTPUT_STDS = {
     "deltas": 0.001,
     "masks": 0.001,
 }
-"""Standard deviation of the initial weights of output layers, by the end of the layer's name. The first name that
-matches counts."""
+"""Standard deviation of the initial weights of output layers. Each key is the end of a layer's name; the first key that
+matches applies."""
 
 
 def head_initial_value(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:

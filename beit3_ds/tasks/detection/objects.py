@@ -45,7 +45,10 @@ def empty_objects() -> ImageObjects:
 
 
 def pack_objects(objects: Sequence[ImageObjects]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the targets `BOXES`, `LABELS` and `MASKS` and the host target `COUNTS` for the images of a batch."""
+    """Returns two dicts for a batch: targets (`BOXES`, `LABELS` and `MASKS`) and host targets (`COUNTS`).
+
+    The dicts are for `PackedBatch.targets` and `PackedBatch.host_targets`.
+    """
     parts = [empty_objects(), *objects]
     counts = [len(of_image.labels) for of_image in objects]
     targets = {

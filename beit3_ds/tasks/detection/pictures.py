@@ -29,7 +29,7 @@ class DrawnObject(NamedTuple):
 
 
 def label_color(label: int) -> tuple[int, int, int]:
-    """Returns the RGB color of a label; neighbouring labels have clearly different colors."""
+    """Returns the RGB color of a label; labels with consecutive numbers have clearly different colors."""
     red, green, blue = colorsys.hsv_to_rgb((0.02 + label * _GOLDEN) % 1, 0.85, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 

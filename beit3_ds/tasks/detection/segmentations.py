@@ -113,11 +113,12 @@ def _count_pixels(counts: bytes) -> int:
     """Returns the sum of compressed run lengths in COCO's format.
 
     A number is written in groups of five bits, the lowest group first. Each group is stored in one character. The
-    character's code minus 48 has the group in bits 0 to 4, and has bit 5 set if another group follows. From the fourth
-    run on, the number is the difference from the run length two runs before.
+    character's code minus 48 has the group in bits 0 to 4, and has bit 5 set if another group follows. The groups of a
+    number form a signed integer in two's complement. From the fourth run on, the number is the difference from the run
+    length two runs before.
 
     Raises:
-        ValueError: if a character is invalid, the last number is cut off, or a length is negative.
+        ValueError: if a character is invalid, the last number is cut off, or a run length is negative.
     """
     lengths, value, shift = [0, 0], 0, 0
     for character in counts:

@@ -1,4 +1,4 @@
-"""Computes the loss and the accuracy of a training step from the features of images and class names."""
+"""Computes the loss and the accuracy of a training step from image features and from text features of class names."""
 
 # I images and X texts of the whole step, C = X places for the different classes of the texts, D features.
 
@@ -13,7 +13,7 @@ from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 
 
 def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
-    """Returns the summed cross entropy of all images of a step and the number of correct answers, (2,) float32.
+    """Returns two sums over all images of a step, (2,) float32: the cross entropy, and the number of correct answers.
 
     Only the cross entropy has a gradient. The softmax is over the classes with a text in the step. These classes must
     include the classes of all images. If a class has several texts, the features of these texts are averaged.

@@ -106,7 +106,7 @@ class Pretraining(Task):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Returns the four loss terms: patches of images, tokens of texts, patches of pairs and tokens of captions."""
+        """Returns the four loss terms: image patches, text tokens, pair patches, and caption tokens."""
         return self._terms
 
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> MaskedModelingHeads:

@@ -66,7 +66,9 @@ class Retrieved:
         return found | {"mean_recall": sum(found.values()) / len(found)}
 
     def best_texts(self) -> tuple[Tensor, Tensor]:
-        """Returns the best-scored captions of each image and their scores, each (images, candidates)."""
+        """Returns the indices of the best-scored captions of each image, and the scores of these captions. Both have
+        the shape (images, candidates).
+        """
         return best_candidates(self._image_ID, self._text_XD, NUM_LISTED)
 
     def best_images(self) -> tuple[Tensor, Tensor]:

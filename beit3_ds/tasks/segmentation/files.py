@@ -136,13 +136,14 @@ class LabelMaps:
         return image, labels
 
     def labels(self, index: int) -> NDArray[np.uint8]:
-        """Decodes the label map of an image that has one.
+        """Decodes the label map of an image. The image must have a label map (`has_labels`).
 
         Returns:
-            The class of each pixel, (height, width) uint8, `IGNORED` where unknown.
+            The class of each pixel, (height, width) uint8; `IGNORED` for pixels without a class.
 
         Raises:
-            BrokenRecordError: if the label map cannot be read, or a value is not a class.
+            BrokenRecordError: if the label map is missing or cannot be read, or a value means neither a class nor "no
+                class".
             StorageError: if the file system fails.
         """
         try:

@@ -82,8 +82,9 @@ class MaskDecoder(nn.Module):
     query decoder, a query attends only to cells within the mask that the previous layer predicted for the query. There
     is no dropout.
 
-    With bf16 or fp16 parameters, forward runs under autocast. On a GPU, group norms then return float32 maps. The
-    sampling locations of deformable attention get the dtype of these maps; half precision would be too coarse.
+    With bf16 or fp16 parameters, forward runs under autocast. The sampling locations of deformable attention get the
+    dtype of the maps that group norms return. On a GPU, this dtype is float32; half precision would be too coarse. On a
+    CPU, it is the parameters' dtype.
     """
 
     def __init__(self, settings: SegmentationConfig, channels: int) -> None:

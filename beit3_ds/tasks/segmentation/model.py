@@ -109,7 +109,8 @@ class SegmentationModel(TaskModel):
     def _as_stream(self, x_BND: Tensor, grid: Grid) -> Tensor:
         """Reorders patches from row-major order to the order of the packed rows.
 
-        The shape changes from (images, patches, hidden size) to (images * patches, hidden size).
+        With attention windows, the packed rows are ordered window by window. Without windows, they are in row-major
+        order. The shape changes from (images, patches, hidden size) to (images * patches, hidden size).
         """
         if not self._window_size:
             return x_BND.flatten(0, 1)

@@ -33,10 +33,10 @@ def write_results(
     names: Sequence[str],
     folder: ResultFolder,
 ) -> None:
-    """Writes all result files of an evaluation; the class table and the confusion matrix need a split with labels.
+    """Writes the result files of an evaluation; without labels, writes no class table and no confusion matrix.
 
     Args:
-        result: results over all ranks.
+        result: results over all ranks. The page is left out if `result.shown` is empty.
         metrics: metrics of the split, for the page; empty for a split without labels.
         stream: images of the split.
         names: name of each class.

@@ -147,7 +147,8 @@ def open_split(config: RunConfig, settings: SegmentationConfig, split: Split) ->
     """Opens the sources of a split; images of "test" need no label maps.
 
     Raises:
-        ConfigError: if a folder cannot be read, label maps are missing, or an image or label map has a wrong size.
+        ConfigError: if two sources share samples, a source has the wrong keys for its format, a folder cannot be read,
+            label maps are missing, or an image or label map has a wrong size.
     """
     sources = getattr(config.data.images, split)
     check_no_sample_twice(sources)

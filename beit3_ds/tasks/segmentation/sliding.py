@@ -1,4 +1,4 @@
-"""Predicts the class of each pixel of whole images, by sliding windows at several scales."""
+"""Predicts the class of each pixel of whole images, with sliding windows at several scales."""
 
 # C classes.
 

@@ -89,9 +89,9 @@ class AnsweredSplit:
         return questions.identifier(index)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the official accuracies in percent, and the means of the loss and of the target scores.
+        """Returns the official accuracies in percent, the mean loss, and the mean target score of the model's answers.
 
-        Returns an empty dictionary if a source has questions without answers from people.
+        Returns an empty dictionary if there are no questions, or if a source has questions without answers from people.
         """
         if not self.has_human_answers or not len(self):
             return {}

@@ -38,7 +38,7 @@ def question_accuracy(answers: Sequence[str], prediction: str) -> float:
 
 
 def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:
-    """Returns the mean accuracy in percent over all questions, per question type and per answer type.
+    """Returns the mean accuracy in percent: over all questions, over each question type, and over each answer type.
 
     The keys are `accuracy`, `accuracy/question/TYPE` and `accuracy/answer/TYPE`. As in the official evaluator, values
     are rounded to two decimals. The values do not depend on the order of the questions.
