@@ -108,9 +108,11 @@ def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
     Sections without a recorded status come first. Sections that did not complete or have failed measurements come next.
     """
     statuses, failed = results.statuses(), results.failed_sections()
-    return [
-        *(section for section in plan if section.name not in statuses),
-        *(section for section in plan if statuses.get(section.name, DONE) != DONE or section.name in failed),
+    new = [section for section in plan if section.name not in statuses]
+    return new + [
+        section
+        for section in plan
+        if section.name in statuses and (statuses[section.name] != DONE or section.name in failed)
     ]
 
 

@@ -148,6 +148,18 @@ def test_a_second_call_repeats_what_failed(make: Make, run: Callable[..., int], 
     assert report(tmp_path)["by_name"]["faulty"]["items"] == items
 
 
+def test_a_section_without_a_status_runs_once_although_it_has_a_failure(
+    make: Make, run: Callable[..., int], tmp_path: Path
+) -> None:
+    """Checks results of a call that was killed: it recorded a failed measurement, but no status of the section."""
+    assert run([make("first")]) == 0
+    with open(tmp_path / "out" / "results.jsonl", "a") as file:
+        file.write(json.dumps({"section": "cut", "item": "one", "call": 1, "error": "RuntimeError"}) + "\n")
+    assert run([make("first"), make("cut")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines if line.get("section") == "cut" and "status" in line] == ["done"]
+
+
 def test_a_cut_line_costs_only_itself(make: Make, run: Callable[..., int], tmp_path: Path) -> None:
     assert run([make("first")]) == 0
     with open(tmp_path / "out" / "results.jsonl", "a") as file:
