@@ -187,7 +187,7 @@ class PackedBatch(RowLayout):
     def row_factors(self, layer: int, branch: int, dtype: torch.dtype) -> Tensor | None:
         """Returns the stochastic-depth factor of each row, (rows,), or None without stochastic depth.
 
-        The first call computes the factors of all layers.
+        The first call with a dtype computes the factors of all layers in this dtype.
 
         Args:
             layer: index of the block, from 0.

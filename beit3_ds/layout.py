@@ -49,8 +49,7 @@ text. The rows of each expert would then still be consecutive.
 class RowLayout(ABC):
     """Base class that computes which rows of a packed micro-batch belong to each expert.
 
-    Subclasses tell the number of rows of images, of images of pairs, of texts of pairs, and of texts (`part_rows`). The
-    rows are in this order.
+    Subclasses define `part_rows`: the number of rows in each of the four row ranges (`PARTS`).
     """
 
     @property

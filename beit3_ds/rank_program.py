@@ -27,7 +27,8 @@ def run_rank_program(
 ) -> int:
     """Runs the command line of a program on one rank, and returns the exit status.
 
-    If output cannot be printed, the program continues and its exit status does not change (`keep_standard_streams`).
+    If output cannot be printed, the program continues and its exit status does not change (`keep_standard_streams`). A
+    second SIGINT can end the process at once, with status 130.
 
     Args:
         program: function that does this rank's work, given the configuration and the parsed options.

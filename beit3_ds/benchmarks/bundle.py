@@ -70,6 +70,9 @@ architecture."""
 def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillCache) -> int:
     """Packs a bundle and returns its size in bytes.
 
+    A bundle is a folder with the committed source tree, wheels, a Triton cache and a script that runs `beit3 certify`
+    without network access.
+
     Args:
         folder: folder to create for the bundle.
         architecture: compute capability of the GPU: 80, 90 or 100.
@@ -164,8 +167,8 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Packs a folder for tests on a GPU machine without network access, and returns the exit status. The status is 0 on
-    success. After a mistake of the user, an error message is printed and the status is 2.
+    """Creates a folder for tests on a GPU machine without network access, and returns the exit status. The status is 0
+    on success. After a mistake of the user, an error message is printed and the status is 2.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")

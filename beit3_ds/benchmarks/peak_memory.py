@@ -28,7 +28,7 @@ def status_bytes(pid: int | str, field: str) -> int:
 
 
 def main(result_path: str, module: str, *arguments: str) -> None:
-    """Runs a module like `python -m`, and writes the process's peak memory in bytes to a file."""
+    """Runs a module as `python -m` does, and writes this process's peak memory in bytes to a file."""
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -19,13 +19,14 @@ import torch
 from beit3_ds.benchmarks.peak_memory import peak_bytes
 
 Turn = tuple[Callable[[], float], dict[str, Any]]
-"""A function to time, which returns a number such as the loss; and facts about the function's batch, by name."""
+"""Function to time, and a dict of facts about the function's batch. The function returns a number such as the loss."""
 
 
 class TurnProcess:
-    """Controls the process of one side, which is one of the compared implementations. Each request computes one batch.
+    """Controls the process of one side, which is one of the compared implementations.
 
-    The controlled process uses as many threads as the process that starts it.
+    Each call of `take_turn` makes the process compute one batch. The controlled process uses as many threads as the
+    process that starts it.
     """
 
     def __init__(self, side: str, module: str, arguments: Sequence[str]) -> None:

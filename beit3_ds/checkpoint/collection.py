@@ -183,7 +183,9 @@ class CheckpointCollection:
 
 
 def _has_all_files(path: Path) -> bool:
-    """Returns whether a folder is named after its checkpoint's step, and contains all files with the right sizes."""
+    """Returns whether a checkpoint folder contains all files with the right sizes, and is named after the checkpoint's
+    step.
+    """
     try:
         index = read_index(path)
         check_files(path, index)

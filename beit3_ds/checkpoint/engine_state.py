@@ -43,7 +43,7 @@ _GATHERED_PARAMETERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTensor:
-    """The block of a whole tensor that this rank holds under tensor and pipeline parallelism."""
+    """Describes which block of a tensor this rank holds under tensor and pipeline parallelism."""
 
     shape: torch.Size
     """Shape of the whole tensor, without any parallelism."""
@@ -253,7 +253,7 @@ class EngineState:
 
         Args:
             read: function that returns a float32 slice of a tensor in `local_tensors`.
-            names: names of the parameters; names of other pipeline stages are ignored.
+            names: names of parameters; parameters of other pipeline stages are ignored.
         """
         assert self.optimizer_step == 0, "weights are replaced under moments that belong to others"
         self._load_weights(read, names & set(self._parameters))

@@ -121,7 +121,7 @@ class CheckpointFolder:
         return list(self.index.shapes)
 
     def shape(self, name: str) -> torch.Size:
-        """Returns the shape of a whole tensor, without any parallelism.
+        """Returns the shape of a whole tensor, as in a model without parallelism.
 
         Raises:
             ConfigError: if the checkpoint does not contain the tensor.

@@ -116,8 +116,8 @@ def _examine(path: Path, mesh: Mesh, rank: int) -> tuple[CheckpointFolder | None
     """Opens a checkpoint and checks this rank's share of the files.
 
     Returns:
-        Pair (checkpoint, fault). The checkpoint is None if the folder is incomplete or has a wrong name. The fault is a
-        description of the first fault, or None if there is no fault.
+        Pair (checkpoint, fault). The checkpoint is None if `CheckpointFolder` rejects the folder, or if the folder has
+        a wrong name. The fault is a description of the first fault, or None if there is no fault.
     """
     try:
         folder = CheckpointFolder(path)

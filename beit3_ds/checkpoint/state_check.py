@@ -16,7 +16,10 @@ detect that one copy has the weights in another order."""
 
 
 class HeldWeights(NamedTuple):
-    """Two copies of a range of weights: one in the optimizer, which checkpoints save, and one in the model."""
+    """Holds two copies of a range of weights, and AdamW's averages for these weights.
+
+    One copy is in the optimizer, and checkpoints save it. The other copy is in the model.
+    """
 
     name: str
     """Name of the parameter in the whole model."""

@@ -233,7 +233,10 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _resolve(names: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Looks up the IP addresses of host names for at most two seconds; returns the addresses by host name."""
+    """Returns the IP addresses of each host name, without names that are not resolved within two seconds.
+
+    Each loopback address is replaced by "loopback".
+    """
     found: dict[str, frozenset[str]] = {}
 
     def look_up(name: str) -> None:

@@ -170,10 +170,10 @@ class DataConfig:
     a run scans the data again and keeps the results in memory, which suits small corpora."""
     order: Literal["shuffled", "shard_sequential"] = "shuffled"
     """How an epoch is shuffled. `shuffled` shuffles all samples together, so reads jump between shards.
-    `shard_sequential` shuffles blocks of `block_samples` neighbouring samples, and then the samples within each window
-    of `window_blocks` blocks. Then only a few shards are read at a time. This suits storage with read-ahead, and
-    corpora with more shards than a process may open. Do not use `shard_sequential` if neighbouring samples are alike,
-    as in shards sorted by class."""
+    `shard_sequential` cuts the data into blocks of `block_samples` neighbouring samples, and puts the blocks into a
+    random order. It then shuffles the samples within each window of `window_blocks` blocks. So only a few shards are
+    read at a time. This suits storage with read-ahead, and corpora with more shards than a process may open. Do not use
+    `shard_sequential` if neighbouring samples are alike, as in shards sorted by class."""
     block_samples: Annotated[int, Range(1, 2**30)] = 1000
     """Number of neighbouring samples per block if `order` is "shard_sequential", which shuffles whole blocks. Choose no
     more than the number of samples in an average shard."""

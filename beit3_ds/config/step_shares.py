@@ -12,7 +12,7 @@ the sizes."""
 
 
 class SampleCounts(NamedTuple):
-    """Holds the number of samples of each stream in a micro-batch. Also used for a rank's step and for a whole step."""
+    """Holds the number of samples of each stream in a micro-batch, in a rank's share of a step, or in a whole step."""
 
     images: int
     pairs: int
@@ -62,7 +62,7 @@ class StepShares:
         return SampleCounts(*(-(-samples // parts) for samples in self.samples))
 
     def rank_samples(self, rank: int) -> SampleCounts:
-        """Returns the number of samples of each stream that a data-parallel rank has per step."""
+        """Returns how many samples of each stream a data-parallel rank processes per step."""
         return _deal(self.samples, self.num_ranks, rank)
 
     def divide_rank(self, samples: SampleCounts) -> list[SampleCounts]:

@@ -32,7 +32,7 @@ def draw_drop_path(rate: float, num_layers: int, seed: int, step: int, slots: Se
         num_layers: number of layers, L.
         seed: seed of the run.
         step: number of the optimizer step.
-        slots: one slot for each of the Q sequences.
+        slots: identifier of each of the Q sequences within the step.
 
     Returns:
         Factors of the attention and feed-forward branches, (Q, L, 2) float32. A skipped branch has factor 0. A kept

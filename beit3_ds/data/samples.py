@@ -47,7 +47,7 @@ class SampleKey:
 
 
 class SourceSamples(Protocol):
-    """Interface of the samples of one source, which each task implements."""
+    """Interface of one source's samples. Each task implements this interface."""
 
     is_last_open: ClassVar[bool]
     """Whether the last sample may change when its file grows. True for text, where new lines may join the last

@@ -38,8 +38,7 @@ class Prediction:
     title: str
     """Title of the prediction on the HTML page: a question, a statement, a retrieval text, or the image's file name."""
     lines: dict[str, str]
-    """Lines of text below the title on the HTML page. Each key is shown before its line, such as "caption" or
-    "answers"."""
+    """Lines of text below the title on the HTML page. Each line follows its key, such as "caption" or "answers"."""
     record: dict[str, Any]
     """JSON object of the prediction."""
 
@@ -151,7 +150,7 @@ def segment_images(
         One prediction per image, with the share of pixels per class in descending order.
 
     Raises:
-        ConfigError: if an image is broken, or two images have the same name.
+        ConfigError: if an image is broken, or two images have the same name without extension.
     """
     names = [image.stem for image in images]
     if repeated := {name for name in names if names.count(name) > 1}:

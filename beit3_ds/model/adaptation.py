@@ -240,10 +240,12 @@ class AdaptedWeights:
 def fill_parameters(model: nn.Module, weights: AdaptedWeights) -> None:
     """Copies adapted weights into a model's parameters, one parameter at a time.
 
-    If the weights have no head or no final norm, these parameters get initial values and a warning lists them.
+    If the weights lack parameters of the head or the final norm, these parameters get initial values, and a warning
+    lists them.
 
     Raises:
-        ConfigError: if tensors are missing or have the wrong shape.
+        ConfigError: if the weights lack any other parameter, contain an unknown tensor, or contain a tensor of the
+            wrong shape.
     """
     parameters = dict(model.named_parameters())
     absent = weights.check({name: parameter.shape for name, parameter in parameters.items()})

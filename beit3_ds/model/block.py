@@ -83,7 +83,8 @@ class Block(nn.Module):
 def computed_sequences(batch: PackedBatch, layer: int, branch: int) -> KeptSequences | None:
     """Returns the sequences that attention or FFN computes, or None for all sequences.
 
-    All sequences are computed if skipping the dropped sequences would not save time.
+    Stochastic depth drops some sequences. If skipping the dropped sequences would not save time, all sequences are
+    computed.
 
     Args:
         batch: the packed micro-batch.

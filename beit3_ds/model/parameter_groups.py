@@ -34,8 +34,8 @@ class ParameterGroup(NamedTuple):
 def decays(name: str) -> bool:
     """Returns whether weight decay applies to a parameter, given its logical name.
 
-    Weight decay does not apply to biases, norms, learned factors, embeddings of positions and levels, CLS and mask
-    tokens, and segmentation queries. The rule uses names instead of shapes, because ZeRO-3 changes the shapes of
+    Weight decay does not apply to biases, norms, learned factors, position embeddings, level embeddings, CLS tokens,
+    mask tokens and segmentation queries. The rule uses names instead of shapes, because ZeRO-3 changes the shapes of
     partitioned parameters.
     """
     return not _NO_DECAY.search(name)

@@ -36,8 +36,8 @@ class StageModel(nn.Module, ABC):
 
         Args:
             batch: the packed micro-batch, including targets if `loss_factors` is given.
-            loss_factors: one float32 factor per loss term, for the term's sum (`training.loss.build_loss_factors`).
-                None returns predictions instead of a loss.
+            loss_factors: one float32 factor per loss term, which multiplies the term's sum over the micro-batch
+                (`training.loss.build_loss_factors`). None returns predictions instead of a loss.
             x_TD: residual stream before `layers`; None if `layers` starts with the first layer.
             layers: layers to run; None runs all layers.
 

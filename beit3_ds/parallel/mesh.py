@@ -147,7 +147,7 @@ class Mesh:
         Args:
             what: name of the setting, for the message.
             value: this rank's value of the setting.
-            way_out: sentence for the message that tells the user what to do.
+            way_out: last sentence of the message; tells the user what to do.
 
         Raises:
             ConfigError: on all ranks, if the setting differs; the message names the ranks that differ from rank 0.

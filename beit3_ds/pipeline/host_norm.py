@@ -50,7 +50,7 @@ def _mark_non_finite(norm: Tensor, device: Any = None) -> None:
 
 
 def _sum_of_squares(gradients: Sequence[Tensor], mpu: Any) -> Tensor:
-    """Returns the sum of squares of a group's gradients over all model-parallel ranks, a float32 scalar."""
+    """Returns the sum of squares of a parameter group's gradients over all model-parallel ranks, a float32 scalar."""
     counted = [g for g in gradients if mpu.get_model_parallel_rank() == 0 or is_model_parallel_parameter(g)]
     norms = [gradient.float().norm().double() for gradient in counted]
     zero = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
@@ -60,10 +60,10 @@ def _sum_of_squares(gradients: Sequence[Tensor], mpu: Any) -> Tensor:
 
 
 def _read_norm(norm_list: Sequence[Tensor | float]) -> float:
-    """Returns the norm over all groups.
+    """Returns the gradient norm over all parameter groups.
 
     Args:
-        norm_list: result of `_sum_of_squares` for each group, or 0.0 for a group without gradients.
+        norm_list: result of `_sum_of_squares` for each parameter group, or 0.0 for a group without gradients.
     """
     groups = [total.double() for total in norm_list if isinstance(total, Tensor)]
     return float(torch.stack(groups).sum().sqrt())

@@ -38,7 +38,7 @@ def layer_costs(config: RunConfig, head_flops: float) -> list[float]:
 
 
 def _expected_work(config: RunConfig) -> Work:
-    """Returns the rows, (query, key) pairs and patches of one step, assuming that all texts have full length."""
+    """Returns the number of rows, (query, key) pairs and patches in one step, assuming that all texts have full length."""
     data, num_patches = config.data, config.model.num_patches
     images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
     image_length, caption_length, text_length = config.model.image_rows, data.pair_text_length, data.text_length
@@ -78,7 +78,7 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """Divides the items with index `start` or higher into chunks that each cost at most `limit`.
+        """Divides the items with index `start` or higher into `chunks` chunks that each cost at most `limit`.
 
         Returns the smallest sum of squared chunk costs, and the end of each chunk. If there is no such division,
         returns infinity and an empty tuple.

@@ -11,8 +11,8 @@ from beit3_ds.parallel import Mesh, Message
 class TiedWordEmbedding:
     """Keeps the last stage's copy of the word table equal to the first stage's parameter.
 
-    The first stage trains and saves the table. The last stage's head has a copy that DeepSpeed does not manage, and
-    sums the copy's gradient in float32 over the micro-batches. The last stage sends this sum to the first stage, which
+    The first stage trains and saves the table. The last stage's head has a copy that DeepSpeed does not manage. The
+    last stage sums the copy's gradient in float32 over the micro-batches. It sends this sum to the first stage, which
     adds it to the table's gradient in the last backward pass of the step. At the start of each step and each
     evaluation, the first stage sends the table to the last stage; each tensor-parallel rank sends its own part. Without
     a pipeline, nothing is sent.

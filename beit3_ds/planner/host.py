@@ -54,7 +54,7 @@ class HostRequirements(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSize:
-    """Holds the available memory of a node. Unknown sizes are None."""
+    """Holds the sizes of a node's memory and of its /dev/shm. An unknown size is None."""
 
     memory: int | None = None
     """Bytes of memory that the run's processes may use."""

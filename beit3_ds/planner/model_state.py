@@ -11,7 +11,7 @@ _SIZES = {"fp32": 4, "bf16": 2}
 
 
 class ModelState(NamedTuple):
-    """Holds the size of one rank's training state in bytes, without activations and DeepSpeed's buffers."""
+    """Holds the size of one rank's training state in bytes. Activations and DeepSpeed's buffers are not counted."""
 
     numel: int
     """Number of elements of all parameters of the whole model."""

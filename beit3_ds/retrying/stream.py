@@ -79,7 +79,12 @@ class RetryingStream(io.RawIOBase):
         return os.isatty(self.fileno())
 
     def write(self, data: Any) -> int:
-        """Writes all unwritten bytes and `data`, or keeps them in memory; always returns the length of `data`."""
+        """Writes all unwritten bytes and `data`, and keeps in memory what cannot be written; always returns the length
+        of `data`.
+
+        Drops `data` if the reader of a pipe has ended, if earlier bytes were dropped and the stream does not count them
+        yet, or if `data` and earlier unwritten bytes together exceed the limit.
+        """
         content = bytes(data)
         with self._lock:
             self._forget_after_fork()

@@ -38,7 +38,7 @@ class FailureDetector:
         self._parallel, self._statuses, self._describe = parallel, statuses, describe
         self._request: tuple[float, list[int]] | None = None
         """Monotonic time when all ranks were asked for a heartbeat, and the sequence number of each rank's newest
-        heartbeat at that time; None before."""
+        heartbeat at that time; None until the ranks are asked."""
         self._slow: dict[int, float] = {}
 
     def find_failure(self, reported: str | None, are_beats_requested: bool) -> Failure | None:

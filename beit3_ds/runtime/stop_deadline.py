@@ -31,10 +31,11 @@ class StopDeadline:
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
-        """Starts a thread that ends the process if the process has not ended `STOP_SECONDS` after a stop signal.
+        """Starts a thread that ends the process if the process still runs `STOP_SECONDS` after a stop signal.
 
         Between the calls of `limit_waits` and `limit_all`, a stop signal limits only the waits for other ranks. During
-        this time, the thread ends the process only if such a wait takes too long, or soon after a second SIGINT.
+        this time, the thread ends the process only if a wait for other ranks takes too long, or soon after a second
+        SIGINT.
 
         Args:
             rank: rank of this process, for messages.
@@ -67,8 +68,7 @@ class StopDeadline:
 
         Args:
             phase: name of the next part of the program, for messages, such as "the report".
-            consequence: sentence for messages that tells what is saved, and what happens if the same command runs
-                again.
+            consequence: sentence for messages. It tells what is saved, and what happens if the same command runs again.
         """
         self._phase, self._consequence = phase, consequence
         self._phase_since, self._activity = time.monotonic(), None

@@ -1,7 +1,7 @@
 """Reads the versions of this machine's software, and computes digests of the project's source files.
 
-This file needs only Python 3.8 and the standard library, because the cluster check sends its text to nodes that may
-have an older Python and no further packages.
+This file needs only Python 3.8 and the standard library. The cluster check runs the text of this file on nodes that may
+have an older Python and no other packages.
 """
 
 from __future__ import annotations

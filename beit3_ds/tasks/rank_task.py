@@ -57,7 +57,9 @@ class Evaluator(Protocol):
 
     @property
     def validation(self) -> Iterable[PackedBatch]:
-        """Returns this rank's batches for the validation loss; `RankTask.prepare` has not been applied."""
+        """Returns this rank's batches for the validation loss. `RankTask.prepare` has not been applied to these
+        batches.
+        """
 
     def batches(self, split: Split) -> Iterable[PackedBatch]:
         """Returns this rank's batches of a split; the batches of all data-parallel ranks together contain every
@@ -138,9 +140,9 @@ class RankTask:
             pack: packs prepared samples into a micro-batch.
             views: which resized copies of each image a sample has, for the memory limit of prefetching: "model",
                 "tokenizer" or "both".
-            validation_loss: how splits other than "train" are opened. True opens at most `TrainingConfig.loss_samples`
-                samples per kind, which stay in memory, for the mean of each loss term. False opens all samples of a
-                split, for `evaluate`.
+            validation_loss: how splits other than "train" are opened. True serves the mean of each loss term: it opens
+                at most `TrainingConfig.loss_samples` samples per kind and keeps them in memory. False serves
+                `evaluate`: it opens all samples of a split.
             pairs_per_sample: `Task.pairs_per_sample`, for the memory limit of prefetching.
             fields: values of further fields of the class.
 

@@ -178,7 +178,7 @@ def load_text_tokenizer(config: RunConfig) -> TextTokenizer | None:
     """Reads a run's text tokenizer, and checks that the model's word embedding has a row for every id.
 
     Returns:
-        The tokenizer; None for a run without texts and pairs.
+        The tokenizer; None for a run that has neither texts nor pairs.
 
     Raises:
         ConfigError: if the file is missing or not a valid tokenizer, or the word embedding has too few rows.

@@ -72,7 +72,7 @@ class BestCheckpoint:
 
     @property
     def may_be_exhausted_next(self) -> bool:
-        """Returns whether the run stops early unless the next evaluation improves the metric."""
+        """Returns whether the run stops early if the next evaluation does not improve the metric."""
         return self._patience is not None and self._evaluations_since + 1 >= self._patience
 
     def state(self) -> dict[str, Any]:

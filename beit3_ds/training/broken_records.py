@@ -106,10 +106,12 @@ class StepCounts:
 
 
 def records_from(data: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the broken records stored in a checkpoint's `Index.data`; empty for checkpoints of older versions.
+    """Returns the broken records stored in a checkpoint's `Index.data`, as error descriptions by record name; empty for
+    checkpoints of older versions.
 
     Raises:
-        ConfigError: if the entry is not a mapping of names to texts, because the checkpoint was edited.
+        ConfigError: if the stored entry is not a mapping of record names to descriptions. This happens if the
+            checkpoint was edited.
     """
     records = data.get(BROKEN_RECORDS, {})
     if not (isinstance(records, Mapping) and all(isinstance(line, str) for line in records.values())):

@@ -43,7 +43,8 @@ class Resumption(NamedTuple):
     first_step: int
     """Number of steps done; 0 without a checkpoint."""
     checkpoint: Index | None
-    """Index file of the checkpoint, which also records the position in the training data; None without a checkpoint."""
+    """Content of the checkpoint's index file, including the position in the training data; None without a checkpoint.
+    """
 
 
 def resume(
@@ -177,7 +178,9 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
 
 
 def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
-    """Evaluates the resumed step if a stop signal cancelled the evaluation of this step, and saves the result.
+    """Repeats the evaluation of the resumed step if a stop signal cancelled it.
+
+    Saves a checkpoint after the repeated evaluation has completed.
 
     Returns:
         False if a stop signal has cancelled the evaluation again, otherwise True.

@@ -1,4 +1,6 @@
-"""Computes loss factors that make a step's loss independent of ranks and micro-batches."""
+"""Computes loss factors, so that a step's loss does not depend on how its samples are divided among ranks and
+micro-batches.
+"""
 
 # K terms of the task.
 

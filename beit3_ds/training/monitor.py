@@ -20,7 +20,8 @@ class _Part(Protocol):
 class RunMonitor:
     """Replaces `engine.monitor`, to which this program and DeepSpeed's engine send logged values such as losses.
 
-    Values that a monitor does not accept are kept, and sent with later values or by `retry`.
+    Passes the values to CSV files, TensorBoard, wandb and Comet, as far as they are enabled. If one of them does not
+    accept values, the values are kept for it, and sent with later values or by `retry`.
     """
 
     def __init__(self, master: Any, report: Callable[[str], None]) -> None:

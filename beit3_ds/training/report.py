@@ -62,9 +62,9 @@ def write_report(run: Run) -> None:
 
 
 def write_missing(run: Run) -> None:
-    """Tries again to write missing records, monitor values and files, and warns about those that are still missing.
+    """Tries again to write missing files, missing records, and missing values of the monitors.
 
-    Does not communicate.
+    Warns about everything that is still missing. Does not communicate.
     """
     run.results.retry()
     missing = [str(path) for path in run.results.missing]

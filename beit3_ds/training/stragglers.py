@@ -53,8 +53,8 @@ class Stragglers:
 
         Args:
             mesh: mesh of all ranks.
-            work: stopwatch of the schedule.
-            data: stopwatch of `TimedSteps`.
+            work: stopwatch of the "work" time; the schedule runs it.
+            data: stopwatch of the "data" time; `TimedSteps` runs it.
         """
         self._mesh, self._stopwatches = mesh, (work, data)
 

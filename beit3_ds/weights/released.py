@@ -47,7 +47,8 @@ class ReleasedFile:
 
     Attributes:
         path: path of the file.
-        model: configuration from the note, or derived from the tensors' shapes, with the requested image size.
+        model: configuration of the model, from the note or, without a note, from the tensors' shapes. A requested image
+            size replaces the file's image size.
         step: number of training steps before the weights were saved; 0 if unknown.
         task: name and settings of the head's task (`recognise_task`).
         description: format of the file in words, such as "weights exported as unilm-dual".
@@ -58,8 +59,8 @@ class ReleasedFile:
 
         Args:
             path: a file that `untrusted_file.read_tensors` accepts.
-            image_size: side of the images in pixels; None keeps the file's size. Position embeddings are interpolated
-                as in unilm's fine-tuning code.
+            image_size: side of the images in pixels; None selects the image size of the model in the file. For another
+                size, position embeddings are interpolated as in unilm's fine-tuning code.
 
         Raises:
             ConfigError: if the file cannot be read, contains objects that could run code, or has another format.

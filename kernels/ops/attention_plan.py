@@ -64,9 +64,7 @@ class AttentionPlan(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """Holds two tables for attention kernels: the packed rows of each sequence, and the sequence and start of each
-    tile.
-    """
+    """Holds a table of sequences and a table of tiles for attention kernels."""
 
     sequences_Q4: Tensor
     """Four numbers per sequence, (Q, 4) int32: first row and length of the first range, then of the second range. The

@@ -93,18 +93,14 @@ def out_projection(
     return _OutProjection.apply(form, activation, residual_TD, factor_T, activation.x_TF.contiguous(), *parameters)
 
 
-_MATMUL_ROWS = 2048
-"""Rows per matrix product on a CPU. More rows need larger buffers, and fewer rows are slower."""
+_MATMUL_ROWS = 2048  # rows per matrix product on a CPU; more rows need larger buffers, and fewer rows are slower
 
 
 class _Parameters(NamedTuple):
-    """Holds the parameters of one call.
-
-    Each field has one tensor per expert, or is empty without such parameters. `biases` is empty in the backward pass.
-    """
+    """Holds the parameters of one call: one tensor per expert in each field, or none if the op has none of it."""
 
     weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]  # empty in the backward pass
     scales: tuple[Tensor, ...]
     shifts: tuple[Tensor, ...]
 
@@ -235,7 +231,8 @@ def _normalize_cpu(
     """Returns GELU(x), LN(GELU(x)) and the statistics of LN for expert `i`.
 
     The statistics are [mean, 1 / standard deviation] per chunk of rows. If `form.norm` is None, there is no LN. If
-    `form.gelu` is false, there is no GELU. With both, unless `keeps_activated`, the first two results are one tensor.
+    `form.gelu` is false, there is no GELU. If both LN and GELU are applied and `keeps_activated` is false, LN
+    overwrites GELU(x), and the first two results are the same tensor.
     """
     norm = form.norm
     n_RF = ALLOCATOR.empty_like(x_RF) if form.gelu or norm is not None else x_RF
@@ -323,7 +320,10 @@ def _activate(x_TF: Tensor, gelu: bool) -> Tensor:
 
 
 def _join(y_TD: Tensor, residual_TD: Tensor | None, factor_T: Tensor | None) -> Tensor:
-    """Returns residual + factor * y, without operands that are None; overwrites y if its dtype is the result's."""
+    """Returns residual + factor * y, without operands that are None.
+
+    The result overwrites y, unless the residual has another dtype than y.
+    """
     if residual_TD is not None and residual_TD.dtype != y_TD.dtype:
         y_TD = ALLOCATOR.empty(y_TD, *y_TD.shape, dtype=residual_TD.dtype).copy_(y_TD)
     if factor_T is not None:
@@ -363,9 +363,9 @@ OUT_PROJECTION = MeasuredOp(
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Compares the Triton kernel with plain PyTorch, with and without bias, factor and residual.
+    """Compares the Triton kernel with plain PyTorch: once with bias, factor and residual, and once with none of them.
 
-    The residual stream is in `dtype`, and then in float32.
+    Repeats both comparisons with the residual stream in float32 if `dtype` is another dtype.
 
     Raises:
         WrongResultError: if a result is wrong.

@@ -274,7 +274,8 @@ def forward_plain(
     tile_size: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes in plain PyTorch what the forward kernel computes, sequence by sequence. Only checks call this function.
+    """Computes attention in plain PyTorch, one sequence at a time, as a reference for the forward kernel. Only checks
+    call this function.
 
     Returns:
         y_THK, and the log-sum-exp of each query's scaled scores, (H, T).

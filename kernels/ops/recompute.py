@@ -49,7 +49,11 @@ class Recomputable(NamedTuple):
 
 
 def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:
-    """Returns what a layer saves for the backward pass: a function and its arguments, or None and the rows."""
+    """Returns what a layer saves, so that its backward pass has the input rows.
+
+    If `recompute` is None, returns None and `(x_TD,)`. Otherwise, returns `recompute.function` and `recompute.tensors`,
+    and counts the layer as a user of the function.
+    """
     if recompute is None:
         return None, (x_TD,)
     recompute.function.add_user()

@@ -39,13 +39,14 @@ def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
 
     Without a chunk size, every tile gets its own buffer. With a chunk size, the number of buffers is limited. Tiles
     without their own buffer share one buffer. The backward pass needs memory for one more tile. Rows are not divided.
-    Otherwise, every group of rows would read the whole output matrix, and update the matrix's whole gradient.
+    If rows were divided, every group of rows would read the whole output matrix, and update the matrix's whole
+    gradient.
 
     Args:
         num_rows: number of rows M.
         vocabulary: number of vocabulary columns V.
         chunk_size: limit on memory: the buffers and the backward pass's tile together hold at most `chunk_size` x V
-            logits. None for no limit.
+            logits, or two columns if this is more. None for no limit.
     """
     max_columns = _max_columns(num_rows, vocabulary, chunk_size)
     width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, max_columns // 2))
@@ -63,8 +64,8 @@ def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
     Args:
         num_rows: number of rows M.
         vocabulary: number of vocabulary columns V.
-        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once. None for no limit: a single tile has
-            all columns.
+        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once, but a tile always has at least one
+            column. None for no limit: a single tile has all columns.
     """
     width = _max_columns(num_rows, vocabulary, chunk_size)
     if width >= ALIGNMENT and width != vocabulary:

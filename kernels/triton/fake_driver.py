@@ -6,8 +6,9 @@ results are undefined. There are two uses:
 * `fake_gpu(90, compiles=False)` helps to measure the time that Python needs to launch the kernels of a layer or a step.
   No kernel is compiled.
 * `fake_gpu(90, compiles=True)` fills Triton's cache (`TRITON_CACHE_DIR`) ahead of time. Every launch compiles its
-  kernel, or finds the kernel in the cache. The cache keys are those of a GPU of this architecture with this version of
-  Triton. Operators check their kernels before the first use. The kernels that these checks launch are compiled too.
+  kernel, or finds the kernel in the cache. The cache keys are those of a GPU of architecture 90 with the installed
+  version of Triton. Operators check their kernels before the first use. The kernels that these checks launch are
+  compiled too.
 
 Example:
     with fake_gpu(90, compiles=True) as gpu:
@@ -86,10 +87,10 @@ class FakeGPU:
         return {"max_shared_mem": _SHARED_MEMORY[self.architecture]}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: Hashable) -> tuple[None, None, int, int, int]:
-        """Returns what Triton's driver returns for a loaded kernel, but loads no kernel.
+        """Returns placeholders for what Triton's driver returns for a loaded kernel, but loads no kernel.
 
-        The result has the module, the function, the number of registers, the number of spills, and the maximum number
-        of threads per program.
+        The placeholders stand for the module and the function (both None), the number of registers, the number of
+        spills, and the maximum number of threads per program.
         """
         return None, None, 0, 0, 1024
 

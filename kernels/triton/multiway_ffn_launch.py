@@ -243,9 +243,10 @@ _FLOAT32_STREAM = ("residual_ptr", "factor_ptr", "y_ptr")
 
 
 def _build_cases(hidden: int, ffn_hidden: int) -> list[tuple[str, Any, dict[str, int]]]:
-    """Returns (name, kernel, constexpr arguments) for each matrix product of one block.
+    """Returns (name, kernel, constexpr arguments) for four matrix products of a block.
 
-    The products are attention's output projection, the FFN's two projections, and an input gradient.
+    The products are an attention projection without residual, the FFN's two projections, and the input gradient of the
+    FFN's second projection.
     """
     plain = {"RESIDUAL": False, "FACTOR": False}
     whole = dict.fromkeys(("BIAS", "RESIDUAL", "FACTOR"), True)

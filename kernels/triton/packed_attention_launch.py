@@ -98,8 +98,8 @@ def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> 
 def column_blocks(head_size: int) -> tuple[int, int]:
     """Splits the columns of a head into two blocks, and returns their widths A and B: (64, 32) for 88 columns.
 
-    Each width is a power of two and at least 16. Together, the blocks cover the head. If two blocks would be as wide as
-    a single block, the head gets a single block, and B is 0.
+    Each width is a power of two and at least 16. Together, the blocks cover the head. If two blocks together would not
+    be narrower than a single block, the head gets a single block, and B is 0.
     """
     whole = max(16, next_power_of_2(head_size))
     block_a = whole // 2
@@ -292,5 +292,8 @@ def _prepare(
 
 
 def _settings(config: KernelConfig) -> list[KernelConfig]:
-    """Returns settings that differ only in the number of pipeline stages, which does not change results."""
+    """Returns three settings: `config` itself, a copy with one pipeline stage fewer, and a copy with one more.
+
+    The number of pipeline stages does not change results.
+    """
     return [config._replace(num_stages=config.num_stages + change) for change in (-1, 0, 1)]

@@ -33,7 +33,7 @@ def forward(
     factor_T: Tensor | None,
     tiling: RowTiling,
 ) -> Callable[..., Tensor]:
-    """Returns y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
+    """Computes y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
     The decorator `Prepared` calls the returned function, so a caller gets the results.
 

@@ -121,8 +121,8 @@ def norm_gradient_sums_kernel(
 ):
     """Computes row sums and column sums of one tile with SPAN rows and COLUMNS columns.
 
-    The norm's input is called a. With GELU, a is gelu(x); otherwise, a is x. dn is the gradient of the norm's output.
-    xhat is the standardised row (a - mean) * rstd. For each row, the kernel sums dn * scale and dn * scale * xhat over
+    The norm's input is `a`: gelu(x) with GELU, and x without GELU. The gradient of the norm's output is `dn`. The
+    standardised row is `xhat` = (a - mean) * rstd. For each row, the kernel sums dn * scale and dn * scale * xhat over
     the tile's columns. For each column, it sums dn * xhat and dn over the tile's rows. The row sums of all tiles are
     (column tiles, 2, rows), and the column sums are (row tiles, 2, columns).
     """

@@ -65,14 +65,12 @@ def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
-    """Computes LN(gelu(x)), LN(x) or gelu(x).
-
-    The weight gradient needs this result, which the forward pass did not save.
+    """Computes LN(gelu(x)) or LN(x) from given statistics of each row; without a norm, computes gelu(x).
 
     Args:
         x_TF: rows, contiguous.
         gelu: whether to apply the exact (erf) GELU first.
-        norm: sub-LN, or None.
+        norm: sub-LN, including the statistics of each row; None for no norm.
         slices: row range [start, stop) of each expert.
     """
     n_TF = torch.empty_like(x_TF)
@@ -98,8 +96,9 @@ def norm_gradient_sums(
         slices: row range [start, stop) of each expert; an expert without rows gets zero gradients.
 
     Returns:
-        The row sums, (2, T) float32: of dn * scale, then of dn * scale * xhat, where xhat is the standardised row. Then
-        the gradient of each expert's scale, and the gradient of each expert's shift, in x's dtype.
+        The row sums, (2, T) float32: first of dn * scale, then of dn * scale * xhat, where xhat is the standardised
+        row. Then two lists with one gradient per expert, in x's dtype: the gradients of the scales, and the gradients
+        of the shifts.
     """
     (num_rows, width), (mean_T, rstd_T, scales, _) = x_TF.shape, norm
     row_tiles = [count_row_tiles(slices[:index], SPAN) for index in range(len(slices) + 1)]
@@ -124,7 +123,7 @@ def norm_gradient(
     """Computes the gradient dx of x, the input of a sub-LN or of the GELU before it. Overwrites `dn_TF` with dx.
 
     dx = gelu'(x) * rstd * (dn * scale - sums[0] / total_width - xhat * sums[1] / total_width), where xhat is the
-    standardised row.
+    standardised row. Without a GELU, gelu'(x) is 1. Without a norm, dx = gelu'(x) * dn.
 
     Args:
         dn_TF: gradient of the norm's output, contiguous. Without a norm, gradient of the GELU's output.

@@ -156,7 +156,10 @@ def _error(case: Case, problem: Problem) -> float:
 
 
 def _peak(problem: Problem, device: torch.device) -> float | None:
-    """Returns the peak memory during forward and backward in MB, minus the memory before; None on a CPU."""
+    """Returns by how many MB a forward and backward pass raises the allocated memory at its peak.
+
+    Returns None on a CPU.
+    """
     if kind_of(device) == "cpu":
         return None
     torch.cuda.synchronize()

@@ -117,7 +117,7 @@ class Recorder:
 
 
 def is_own(error: ModuleNotFoundError) -> bool:
-    """Returns whether the missing module belongs to this project, so that the error is a bug."""
+    """Returns whether the missing module belongs to this project. In that case, the error is a bug."""
     return top_level(error) == "beit3_ds"
 
 

@@ -83,7 +83,7 @@ class ResultsFile:
         return max((line["call"] for line in self.read() if "section" not in line and "call" in line), default=0)
 
     def failed_sections(self) -> set[str]:
-        """Returns the names of sections with a measurement whose latest line records a failure."""
+        """Returns the names of the sections with a measurement that failed when it was last made."""
         latest = {(line["section"], line["item"]): line for line in self.read() if "item" in line}
         return {section for (section, _), line in latest.items() if has_failed(line)}
 

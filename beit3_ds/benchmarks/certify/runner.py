@@ -105,7 +105,7 @@ def _open(folder: Path) -> ResultsFile:
 def _pending(plan: Sequence[Section], results: ResultsFile) -> list[Section]:
     """Returns the sections to run, in order.
 
-    Sections without a recorded status come first. Sections that did not complete or have failed measurements come next.
+    Sections without a recorded status come first. Incomplete sections and sections with a failed measurement come next.
     """
     statuses, failed = results.statuses(), results.failed_sections()
     new = [section for section in plan if section.name not in statuses]

@@ -118,7 +118,7 @@ class _Rank:
         self.rows.append(row)
 
     def _count_state_bytes(self) -> int:
-        """Returns the bytes of this rank's share of the parameters, float32 weights and moments."""
+        """Returns the bytes of this rank's shares of parameters, float32 master weights and moments, added up."""
         tensors = [parameter.ds_tensor for parameter in self.engine.module.parameters()]
         for fragment in self.state.fragments_to_save():
             tensors += [fragment.values(kind) for kind in KINDS]

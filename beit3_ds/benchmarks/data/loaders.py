@@ -1,8 +1,9 @@
 """Compares this project's data loader with WebDataset and torchvision's ImageFolder on the same JPEGs.
 
 Speed is in images per CPU second. Each loader has one process with one thread. All loaders decode with Pillow, jitter
-the colours, flip and crop, make two views of the crop, and draw a block mask. WebDataset and ImageFolder use
-torchvision's transforms for these steps, as users of BEiT do.
+the colours, flip and crop, make two views of the crop, and draw a block mask. For colours, flips, crops and views,
+WebDataset and ImageFolder use torchvision's transforms, as users of BEiT do. This project's `block_mask` draws the
+masks of all loaders.
 """
 
 import io

@@ -116,7 +116,9 @@ class _Encoder(nn.Module):
 
 
 def measure(rounds: int, images: int = 2, device: torch.device | None = None) -> SegmentationFigures:
-    """Times training steps and inference of the two models in turn, after one round without measurement.
+    """Times training steps and inference of this project's segmentation model and transformers' Mask2Former.
+
+    The models run in turn. The first round is not measured.
 
     Args:
         rounds: number of measured rounds.

@@ -39,12 +39,12 @@ def benchmark_finetune(
     tasks: Sequence[str] = (*CASES, DECODING),
     json_path: str | None = None,
 ) -> str:
-    """Measures this project and the reference on each task in turn, with one batch per round, and returns a report.
+    """Measures this project and the reference on each task, and returns a report.
 
-    Each implementation has its own process, and only one process computes at a time. The order alternates between
-    rounds, and a first round warms up. Ratios are medians over rounds with 95% confidence intervals. The reference is
-    torchscale's BEiT-3 with the heads and beam search of microsoft/unilm. On a CPU all implementations compute in
-    float32.
+    Each implementation has its own process, and only one process computes at a time. In each round, every
+    implementation computes one batch. The order of the implementations alternates between rounds, and a first round
+    warms up. Speed ratios are medians over rounds with 95% confidence intervals. The reference is torchscale's BEiT-3
+    with the heads and beam search of microsoft/unilm. On a CPU all implementations compute in float32.
 
     Args:
         size: model size.
@@ -54,8 +54,9 @@ def benchmark_finetune(
         tasks: tasks to measure, from `CASES` and `DECODING`.
         json_path: file for the results as JSON, with `rows` by task and `summary`. In `summary`, `ratio_TASK` is this
             project's speed divided by the reference's. `memory_ratio_TASK` is this project's peak memory divided by the
-            reference's. `memory_ratio` is the largest `memory_ratio_TASK` of the training tasks. `ratio_blip` is this
-            project's speed of caption generation divided by BLIP base's; None if the package transformers is missing.
+            reference's. `memory_ratio` is the largest `memory_ratio_TASK` of the training tasks; None without training
+            tasks. `ratio_blip` is this project's speed of caption generation divided by BLIP base's; None if BLIP was
+            not measured, for example because the package transformers is missing.
 
     Raises:
         ConfigError: if torchscale is not installed, the size is unknown, or the JSON file cannot be written.

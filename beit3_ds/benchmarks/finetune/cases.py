@@ -55,7 +55,7 @@ CASES = {
         480, (13, 0.25), 32, ("pairs",), True, functools.partial(CaptionHead, label_smoothing=LABEL_SMOOTHING)
     ),
 }
-"""Tasks by name. The numbers of tokens follow from the data: a question of VQAv2 has about 6 words, and a caption of
+"""Tasks by name. The numbers of tokens include BOS and EOS. A question of VQAv2 has about 6 words, and a caption of
 COCO has about 11 words."""
 
 
@@ -93,7 +93,10 @@ def case_config(task: str, size: str, image_size: int | None = None, **model: An
 
 
 def draw_samples(task: str, config: RunConfig, number: int, count: int) -> Samples:
-    """Draws random pixels, token ids and scores with the seed `number`. All processes draw equal values."""
+    """Draws `count` samples with random pixels, token ids and scores.
+
+    The batch number `number` is the seed, so all processes draw equal values.
+    """
     rng, case, model = np.random.default_rng([23, number]), CASES[task], config.model
     pixels = rng.uniform(-1, 1, (count, 3, model.image_size, model.image_size)).astype(np.float32)
     texts, masked = [], []

@@ -74,7 +74,8 @@ def benchmark_kernels(
 
     Args:
         sizes: model sizes, for example "base" and "giant".
-        samples: number of images in the micro-batch, equal to the number of pairs and of texts (`mix.draw_mix`).
+        samples: number of images in the micro-batch, equal to the number of pairs and to the number of texts
+            (`mix.draw_mix`).
         dtype: dtype of all tensors.
         gpu: key of `roofline.GPUS`, to add a column with modelled minimum times on that GPU; None for no column.
         csv_path: CSV file for all rows, with device and versions; None for no file.

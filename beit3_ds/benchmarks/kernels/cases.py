@@ -19,7 +19,8 @@ from beit3_ds.kernels.ops.packed_attention import packed_attention
 
 
 def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Case]]:
-    """Yields one function per case, which builds the case, so that only one case at a time needs memory.
+    """Yields one function per case. A call of the function builds the case, so that only one case at a time needs
+    memory.
 
     Args:
         size: model size, a key of MODEL_SIZES.

@@ -77,7 +77,8 @@ def _forward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, gelu: bool) -> OpTime:
-    """Models two times of an output projection: before the project's code was optimized, and with the current code.
+    """Returns the modelled times of an output projection: before the project's code was optimized, and with the current
+    code.
 
     `OpTime.before` is the time of this project's kernel. `OpTime.now` is the time of the faster of this project's
     kernel and cuBLAS. Both times include the sub-LN before the projection and the addition of the residual after the

@@ -15,7 +15,7 @@ class Rates(NamedTuple):
     library: float
     """Share of the peak FLOP/s that cuBLAS's products reach in half precision."""
     triton: float
-    """Share of the peak FLOP/s that our Triton products reach in half precision."""
+    """Share of the peak FLOP/s that our Triton kernels reach in half-precision matrix products."""
     with_gelu: float
     """Share of the peak FLOP/s that our up projection reaches. The projection's kernel also computes GELU."""
     with_norm: float
@@ -29,7 +29,7 @@ class Rates(NamedTuple):
     """Share of the peak FLOP/s that our attention's backward pass reaches. The pass computes seven products, but only
     the FLOPs of five are counted."""
     float32: float
-    """Share of the peak FLOP/s that float32 products reach without tensor cores."""
+    """Share of the peak float32 FLOP/s (`GPU.float32_flops`) that float32 products reach. Tensor cores are not used."""
     bandwidth: float
     """Share of the memory bandwidth that kernels without matrix products reach."""
 

@@ -57,7 +57,7 @@ def describe_modelled(config_dir: Path) -> str:
 
 
 def _describe_ops(size: str) -> list[str]:
-    """Returns the lines of a table for one block with sub-LN.
+    """Returns the lines of a table with the modelled times of the ops in one block with sub-LN.
 
     The block computes `_ROWS` rows, in sequences of `_SEQUENCE` rows. An image at 224 px with patches of 16 px has
     `_SEQUENCE` rows.

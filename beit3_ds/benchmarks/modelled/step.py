@@ -43,9 +43,7 @@ class StepTime(NamedTuple):
     """FLOPs of all matrix products of the model, forward and backward, without the visual tokenizer."""
 
     def total(self) -> OpTime:
-        """Returns the time of the step. The GPU time and the host time of the blocks overlap, so only the longer one
-        counts.
-        """
+        """Returns the time of the step. The blocks' GPU time and host time overlap, so only the longer one counts."""
         by_name = {part.name: part for part in self.parts}
         gpu, host = by_name["blocks, GPU"], by_name["blocks, host"]
         rest = [part for part in self.parts if part not in (gpu, host)]
@@ -54,9 +52,10 @@ class StepTime(NamedTuple):
 
 
 def step_time(config: RunConfig, world_size: int, rates: Rates, host: HostTimes) -> StepTime:
-    """Computes the modelled time of one rank's step, without tensor or pipeline parallelism.
+    """Computes the modelled time of one rank's step.
 
-    Assumes that texts have maximum length, that every block computes all rows, and that communication takes no time.
+    Assumes that the run uses neither tensor nor pipeline parallelism, that texts have maximum length, that every block
+    computes all rows, and that communication takes no time.
     """
     model, data, ratios = config.model, config.data, pretraining_config(config)
     shares = config.step_shares(config.parallel.data_parallel_size(world_size))

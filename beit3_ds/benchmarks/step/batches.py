@@ -17,8 +17,9 @@ from beit3_ds.tasks.pretraining.targets import with_visual_codes
 
 STREAMS = ("images", "pairs", "texts")
 CAPTION_TOKENS = (16, 0.45)
-"""Log-normal distribution of the tokens per caption, with BOS and EOS: median, and standard deviation of the logarithm.
-Captions of COCO have about 11 words, and captions of Conceptual Captions 10 to 20; few are long."""
+"""Log-normal distribution of the number of tokens per caption, with BOS and EOS: median, and standard deviation of the
+logarithm. Captions of COCO have about 11 words, and captions of Conceptual Captions have 10 to 20 words. Few captions
+are long."""
 TEXT_TOKENS = (105, 0.6)
 """Log-normal distribution of the tokens per text: median, and standard deviation of the logarithm. A text consists of
 complete paragraphs with at most 128 tokens in total. About a third of the texts reach this limit."""

@@ -1,4 +1,6 @@
-"""Compares a training step with torchscale's training step for BEiT-3, and with the step's matrix products alone."""
+"""Compares this project's training step with torchscale's training step for BEiT-3, and with the model's matrix
+products alone.
+"""
 
 import json
 import os

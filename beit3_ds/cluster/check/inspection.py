@@ -18,7 +18,9 @@ _TOKEN_SECONDS = 3.0  # time for a network file system to show what another node
 
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
-    """Holds the inputs of a cluster check: folders, files, port and environment variables to check on every node."""
+    """Holds the inputs of a cluster check: the folders and files to check, the master port, and the environment
+    variables to set on every node.
+    """
 
     folder: Path
     """Absolute path of the folder where the ranks would start."""

@@ -46,7 +46,7 @@ class Worker:
     def __init__(
         self, rank: int, world_size: int, address: str, port: int, backend: str, store_text: str, secret: str
     ) -> None:
-        """Joins the process group of all nodes. Rank 0 listens at `address` only.
+        """Joins the process group of all nodes. Rank 0 listens at `address` and at no other address.
 
         Args:
             rank: rank of this node.

@@ -45,7 +45,7 @@ class Links:
     def usual(self) -> float:
         """Returns the usual speed of a link in bits per second: the median of each node's fastest link.
 
-        The median over all links would be wrong with three nodes, because one slow node makes two of the three pairs
+        The median over all links would be wrong with three nodes, because one slow node can make four of the six links
         slow.
         """
         fastest = [max(rate for pair, rate in self.rates.items() if name in pair) for name in self.names]

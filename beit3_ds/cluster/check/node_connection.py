@@ -87,7 +87,7 @@ class NodeConnection:
         self._send(f"{len(source)}\n".encode() + source)
 
     async def ask(self, question: str, seconds: float = ANSWER_SECONDS, **arguments: Any) -> Any:
-        """Asks the program on the node one question and returns the answer.
+        """Sends a question to the program on the node and returns the answer.
 
         Args:
             question: name of a method of `Probe`, or another request that the program accepts.

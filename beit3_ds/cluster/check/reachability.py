@@ -10,7 +10,7 @@ _AT_A_TIME = 64
 
 
 async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
-    """Finds hosts that cannot be reached. Runs the command `true` on all hosts over ssh in parallel.
+    """Finds hosts that cannot be reached. Runs the command `true` over ssh on every host, at most 64 hosts at a time.
 
     Each host has 15 seconds to answer.
 

@@ -48,14 +48,14 @@ def find_required_files(config: RunConfig) -> dict[str, bool]:
 
 
 def compute_requirements(config: RunConfig, hostfile: Hostfile) -> Requirements:
-    """Computes the memory and disk space that a run needs if it uses all slots of a hostfile.
+    """Computes the memory and disk space that a run needs if it uses all slots of a hostfile, with one rank per slot.
 
-    If the run cannot use that number of ranks, only `layout_fault` is set. Otherwise, the function imports torch, which
+    If the run cannot use this number of ranks, only `layout_fault` is set. Otherwise, the function imports torch, which
     takes seconds.
 
     Args:
         config: configuration of the run.
-        hostfile: hosts of the run, with one rank per slot.
+        hostfile: hosts of the run.
     """
     world_size = hostfile.world_size
     try:

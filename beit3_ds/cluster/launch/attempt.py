@@ -237,7 +237,9 @@ class Attempt:
                 )
 
     async def _end_ranks(self) -> None:
-        """Waits a few seconds for the ranks to end, kills the ranks that still run, and waits for their end."""
+        """Waits a few seconds for the ranks to end, kills the ranks that still run, and waits at most
+        `keepalive_seconds` for their end.
+        """
         if not self._has_started:
             return
         await self._wait(lambda: self._stop_signals.is_kill or not self._alive(), _GRACE_SECONDS)

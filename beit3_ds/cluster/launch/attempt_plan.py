@@ -62,6 +62,6 @@ class Outcome:
     is_user_error: bool
     """Whether a rank ended with status 2, which means a mistake that only the user can fix."""
     lost_hosts: frozenset[str]
-    """Names of the hosts with a rank whose connection to `beit3 launch` was lost or never opened."""
+    """Names of the hosts of all ranks that lost their connection to `beit3 launch` or never opened one."""
     clear_at: float
     """Monotonic time in seconds after which no training process can still run on a lost host."""

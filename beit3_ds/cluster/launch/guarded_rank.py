@@ -33,7 +33,9 @@ class AttemptFailure:
 
 @dataclass(kw_only=True)
 class GuardedRank:
-    """Holds the state of one rank, whose guard (the parent of the training process) has connected."""
+    """Holds the state of one rank whose guard has connected to `beit3 launch`. The guard is the parent of the rank's
+    training process.
+    """
 
     registered: Register
     channel: Channel
@@ -102,11 +104,11 @@ class GuardedRank:
 
 
 def select_explanation(lines: Sequence[str], otherwise: Sequence[str]) -> Sequence[str]:
-    """Selects from a rank's last lines the last error message of this project, and the lines that follow it.
+    """Returns the end of a rank's output, starting at the last error message of this project.
 
     Args:
         lines: last lines that the rank printed.
-        otherwise: the result if the lines hold no such message.
+        otherwise: the result if `lines` contains no such message.
     """
     starts = [index for index, line in enumerate(lines) if line.startswith(_ERROR_PREFIXES)]
     return lines[starts[-1] :] if starts else otherwise

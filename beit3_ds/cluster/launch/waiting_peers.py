@@ -63,7 +63,10 @@ class WaitingPeers:
 
 
 def _network(address: str) -> str:
-    """Returns the network of an address: an IPv4 address itself, or the /64 network of an IPv6 address."""
+    """Returns an IPv4 address unchanged, or the /64 network of an IPv6 address.
+
+    Returns an empty string if `address` is not an IP address.
+    """
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

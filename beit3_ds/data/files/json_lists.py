@@ -28,7 +28,7 @@ def iterate_json_list(path: str, *keys: str) -> Iterator[Any]:
             Without keys, the file must be a list.
 
     Raises:
-        OSError: if the file cannot be read.
+        OSError: if the file is missing, forbidden or not a regular file.
         ValueError: if the file is compressed, truncated or damaged, or has another form.
         KeyError: if the object lacks one of the keys; raised after the last element.
         StorageError: if the file system fails.

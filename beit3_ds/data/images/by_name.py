@@ -1,4 +1,4 @@
-"""Reads images by the names that annotation files give, from a folder or from tars."""
+"""Reads images from a folder or from tars, by the names that annotation files give."""
 
 import os
 from collections.abc import Iterable

@@ -78,7 +78,8 @@ class StreamPosition:
     sources: tuple[SourcePosition, ...]
     """The sources, in the order of the config. The samples of the stream are numbered in the order of these sources."""
     sets: tuple[SetPosition, ...]
-    """Positions of the sets: one set per source if there are weights, otherwise a single set with all sources."""
+    """Positions of the sets: one set per source if the sources have sampling weights, otherwise a single set with all
+    sources."""
     removed: tuple[RemovedSource, ...] = ()
     """Sources that are no longer in the config."""
     next_id: int

@@ -132,7 +132,7 @@ class Rest:
 class SourceSubset:
     """Represents the samples of the set `whole` that belong to the given sources, in the order of `whole`.
 
-    The constructor computes all samples of `whole` once, which takes 20 seconds for 100 million samples.
+    The constructor computes all sample numbers of `whole` once. This takes 20 seconds for 100 million samples.
     """
 
     whole: RemainingSamples
@@ -191,7 +191,7 @@ def to_nodes(remaining: RemainingSamples) -> list[Any]:
 
 
 def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
-    """Rebuilds a set of samples from its JSON descriptions, even if the sample numbers of the sources have changed.
+    """Rebuilds a set of samples from its JSON descriptions, even if the sources' samples are now numbered differently.
 
     Args:
         nodes: result of `to_nodes`.
@@ -218,5 +218,9 @@ def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
 
 
 def gone_bounds(source: int) -> tuple[int, int]:
-    """Returns the first sample number of a removed source, and one past the last. No other source has these numbers."""
+    """Returns the range of sample numbers that is reserved for a removed source, as (first, last + 1).
+
+    Args:
+        source: id of the removed source.
+    """
     return (source + 1) * _GONE, (source + 2) * _GONE

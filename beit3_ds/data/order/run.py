@@ -42,12 +42,13 @@ class RunOrder:
         self._orders = {name: StreamOrder(self._new_position(name)) for name in streams}
 
     def resume(self, first_step: int, data: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-        """Moves all streams to their positions in a checkpoint, adapted to changed data and settings.
+        """Moves all streams to their positions in a checkpoint, and adapts the positions to changed data and settings.
+        A stream with an unknown position begins with its first sample.
 
         Args:
             first_step: number of steps that were finished when the checkpoint was saved.
-            data: `Index.data` of the checkpoint. If a checkpoint of version 0.1 lacks positions, they are computed from
-                `before`.
+            data: `Index.data` of the checkpoint. A checkpoint of version 0.1 may have no positions; then the positions
+                are computed from `first_step` and `before`.
             before: configuration of the run that wrote the checkpoint, by section.
 
         Returns:

@@ -81,7 +81,9 @@ def _compare(found: FoundSource, before: SourcePosition) -> str:
 
 
 def same_weights(weights: Sequence[float] | None, before: Sequence[float] | None) -> bool:
-    """Returns whether two lists of weights result in equal shares of the stream; None means no weights."""
+    """Returns whether each source has the same share of the stream under both lists of weights. None means no weights,
+    and matches only None.
+    """
     if weights is None or before is None:
         return weights is before is None
     return mixture_shares(weights) == mixture_shares(before)

@@ -1,7 +1,8 @@
 """Computes the order of a stream's samples without storing the order. Every epoch has a new random order.
 
-Without weights, all samples of a stream form one set, and the order follows from (seed, stream, epoch). With weights,
-each source has a separate order, and a fixed rule picks the source of each sample (`mixture.assign_sources`).
+Without sampling weights, all samples of a stream form one set, and the order follows from (seed, stream, epoch). With
+sampling weights, each source has a separate order, and a fixed rule picks the source of each sample
+(`mixture.assign_sources`).
 """
 
 from collections.abc import Sequence

@@ -69,7 +69,7 @@ class SourceStatistics:
         """Returns the reasons why a run would fail on this source, one line each; may be empty.
 
         Args:
-            max_broken_records: number of broken samples that the run tolerates.
+            max_broken_records: maximum number of broken samples that the run tolerates (`data.max_broken_records`).
         """
         if self.num_broken and self.num_broken == self.num_examined:
             return [f"none of {self.num_examined:,} examined samples can be read"]

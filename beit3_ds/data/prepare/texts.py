@@ -63,14 +63,14 @@ class TextPreparation:
     """Holds the result of `prepare_texts` for one share of the texts."""
 
     pieces_written: int
-    """Number of pieces of text files (`TextPiece`) that this call tokenized."""
+    """Number of pieces (`TextPiece`) that `prepare_texts` tokenized."""
     pieces_kept: int
     """Number of pieces (`TextPiece`) whose token files were already up to date."""
     num_tokens: int
     """Number of tokens in the pieces that `pieces_written` and `pieces_kept` count."""
     broken: tuple[str, ...]
-    """Skipped lines of the pieces that `pieces_written` and `pieces_kept` count. Each entry names the file, the line
-    number and the reason."""
+    """Skipped lines of all pieces that are counted in `pieces_written` or `pieces_kept`. Each entry names the file, the
+    line number and the reason."""
     files_left: int
     """Number of text files with a piece that has no up-to-date token file. Such pieces belong to other shares of the
     texts (`WorkShare`)."""

@@ -70,7 +70,7 @@ class BrokenLines:
         """Adds the description of one broken line.
 
         Raises:
-            ConfigError: if there are now more lines than the budget allows; the message lists the first ten.
+            ConfigError: if there are now more broken lines than the budget allows; the message lists the first ten.
         """
         self.extend([line])
 

@@ -50,14 +50,14 @@ class ParagraphCutter:
         return contents
 
     def sentence_starts(self, ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> NDArray[np.int64]:
-        """Finds where sentences start inside paragraphs, except the first sentence of each paragraph.
+        """Finds the starts of all sentences except the first sentence of each paragraph.
 
         Args:
             ids: ids of all paragraphs, concatenated, (ids,).
             lengths: number of ids per paragraph, (paragraphs,).
 
         Returns:
-            Index in `ids` of the first id of each sentence, ascending, (sentences,) int64.
+            Index in `ids` of the first id of each found sentence, ascending, (sentences,) int64.
         """
         kinds = self._kinds[ids]
         ends = np.flatnonzero(kinds & (_ENDS | _ENDS_WIDE))

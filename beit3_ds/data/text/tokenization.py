@@ -55,8 +55,8 @@ def encode_paragraphs(
 def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: ParagraphCutter) -> Iterator[int]:
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
-    A paragraph that fits into a sequence stays whole. A longer paragraph starts a new sequence and is cut between
-    sentences; its last part shares a sequence with the next paragraph.
+    A paragraph that fits into a sequence stays whole. A longer paragraph starts a new sequence, and `cutter` cuts it,
+    between sentences if possible. If the next paragraph fits after the last part, it goes into the same sequence.
 
     Args:
         chunks: paragraphs from `encode_paragraphs`; empty paragraphs have no effect.

@@ -23,8 +23,8 @@ RequestT = TypeVar("RequestT")
 ItemT = TypeVar("ItemT")
 
 _MAX_REPLACEMENTS = 3
-"""Maximum number of times that a worker is replaced for one item. If more are needed, the record or the machine is
-probably bad."""
+"""Maximum number of times that a worker is replaced for one item. If more replacements are needed, the machine or the
+item's data is probably bad."""
 _STOPPED_SECONDS = 10.0
 """Seconds after which a suspended worker is replaced if its item is needed. Tolerates short stops by a debugger."""
 
@@ -101,7 +101,7 @@ def prepare_in_any_order(
 ) -> Iterator[ItemT]:
     """Prepares items in worker processes; yields each item as soon as it is finished.
 
-    The time limit `limits.seconds` counts only time during which a worker uses no CPU.
+    The time limit is `preparation.limits.seconds`. It starts anew whenever the worker uses CPU time.
 
     Args:
         preparation: the work to do, and time limits for the workers.
@@ -110,7 +110,7 @@ def prepare_in_any_order(
 
     Raises:
         StopRequestedError: if this process is asked to stop while it waits for an item.
-        DataTimeoutError: if a worker uses no CPU for `limits.seconds`.
+        DataTimeoutError: if a worker uses no CPU time for the whole time limit.
         WorkerLossError: if several workers die or stay suspended during one item.
     """
     workers = _Workers(preparation)

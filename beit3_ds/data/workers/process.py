@@ -72,7 +72,7 @@ class WorkerProcess:
 
         Raises:
             DataTimeoutError: if the fork server does not answer within the time limit.
-            StopRequestedError: if this process is asked to stop.
+            StopRequestedError: if the calling process is asked to stop.
         """
         start_fork_server(self._preload)
         own, other = socket.socketpair()

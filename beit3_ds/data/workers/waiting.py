@@ -65,12 +65,12 @@ class WaitTimer:
 
         Args:
             what: function that returns the name of the awaited item.
-            is_start: whether the wait includes the start of a process. Imports take long, so the limit is then at least
-                two minutes.
+            is_start: whether the wait includes the start of a process. If true, the time limit is at least two minutes,
+                because imports take long.
 
         Raises:
             StopRequestedError: if this process was asked to stop.
-            DataTimeoutError: after `WaitLimits.seconds`.
+            DataTimeoutError: if the time limit is reached: `WaitLimits.seconds`, or the larger limit with `is_start`.
         """
         limits, waited = self._limits, self.waited
         if limits.is_stopping():

@@ -1,4 +1,4 @@
-"""Embeds the patches of images of any size, ordered window by window."""
+"""Embeds images of any size. The patches of an image are ordered window by window."""
 
 # T patches of all images, B images, H and W pixels of the padded images, P values per patch, D hidden,
 # S patches per side of a grid of positions.

@@ -6,13 +6,14 @@ _STATISTIC, _INDEX = 4, 8  # bytes
 def pyramid_memory(hidden_size: int, channels: int, element_size: int) -> float:
     """Returns the memory of a `SimpleFeaturePyramid`'s maps and of the tensors that autograd saves, in bytes per patch.
 
-    Autograd saves the inputs of convolutions, activations and norms, the statistics of norms and the indices of max
-    pooling. The estimate assumes that all images have the same size, so that the maps need no padding.
+    Autograd saves the inputs of convolutions, activation functions and norms. It also saves the statistics of norms and
+    the indices of max pooling. The estimate assumes that all images have the same size, so that the maps need no
+    padding.
 
     Args:
         hidden_size: hidden size of the backbone.
         channels: number of channels of each map.
-        element_size: bytes per element of an activation.
+        element_size: bytes per element of a map or of a saved input.
     """
     # Per map: its cells per patch, and the input elements per patch of its first convolution to `channels` channels.
     entering = {16: 4 * hidden_size, 4: 2 * hidden_size, 1: hidden_size, 1 / 4: hidden_size / 4}

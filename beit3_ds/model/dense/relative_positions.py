@@ -159,7 +159,7 @@ class _AxisPlaces(NamedTuple):
     one_hot_TA: Tensor
     """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
     larger: tuple[int, ...]
-    """Side lengths of images along the axis, in patches, that exceed `RelativePositions.side`; ascending, without
+    """Image side lengths along the axis that exceed `RelativePositions.side`, in patches; ascending, without
     repetition. The trained table is resampled once for each of them."""
 
 

@@ -90,11 +90,13 @@ class CaptionDecoder:
         ]
 
     def drop_images(self, order: Sequence[int]) -> None:
-        """Keeps the cached keys and values of the images in `order`, and drops the other images. Call `select` next.
+        """Drops the cached keys and values of all images that are not in `order`.
+
+        The cached captions do not change. Call `select` next to update them.
 
         Args:
-            order: current index of each image to keep; the image `order[p]` gets the index p. Kept images with an index
-                below len(order) must keep their index. Only the other kept images may move.
+            order: current index of each remaining image, in the new order: the image `order[p]` gets the index p. An
+                image whose current index is below len(order) must keep its index.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):
@@ -169,7 +171,8 @@ def attend_to_image_and_caption(
     """Computes causal attention of each caption's last two rows to the image and the caption.
 
     All captions of an image use the image's keys and values in one product, without copying or rereading them. There
-    are I images of N rows, and R captions of L + 1 rows. H heads have K columns each.
+    are I images of N rows, and in total R captions of L + 1 rows. The R / I captions of an image are consecutive. H
+    heads have K columns each.
 
     Args:
         q_RH2K: queries of each caption's last word and of the mask token after it.

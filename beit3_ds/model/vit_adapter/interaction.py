@@ -74,7 +74,7 @@ class Extractor(nn.Module):
         self.ffn = ConvFFN(hidden_size, max(1, int(hidden_size * config.ffn_ratio)))
 
     def forward(self, c_BLD: Tensor, x_BND: Tensor, geometry: Geometry, factor_B: Tensor | None) -> Tensor:
-        """Returns the pyramid rows, (B, L, D), after the attention to the patches and after the FFN.
+        """Returns the updated pyramid rows, (B, L, D). Attention to the patches updates them first, and then the FFN.
 
         Args:
             c_BLD: pyramid rows.

@@ -33,10 +33,10 @@ class CaptionScores(NamedTuple):
 def score_captions(
     captions: Mapping[Identifier, str], references: Mapping[Identifier, Sequence[str]], *, official: bool = True
 ) -> CaptionScores:
-    """Scores one caption per image against reference captions, with the tokenizer of the official evaluation.
+    """Scores one caption per image against reference captions.
 
     Always computes `exact_match`, which needs no package: the share of captions that equal a reference up to case and
-    white space.
+    white space. The official metrics use the tokenizer of the official evaluation.
 
     Args:
         captions: caption of each image, by image id.

@@ -14,12 +14,12 @@ MASK_SIDE = 112
 def masks_in_boxes(masks_NHW: Tensor, frames_N4: Tensor, boxes_N4: Tensor, side: int) -> Tensor:
     """Resamples masks to a grid of cells inside boxes, (N, side, side) bool.
 
-    The mask is interpolated bilinearly at the centre of each cell. A cell is true if the value is at least 0.5. Cells
-    outside the mask's frame are false.
+    The mask is interpolated bilinearly at the centre of each cell. A cell is true if the value is at least 0.5. A cell
+    is false if its centre is outside the mask's area.
 
     Args:
         masks_NHW: masks of 0 and 1, (N, H, W).
-        frames_N4: left, top, right and bottom of the area that each mask covers, (N, 4).
+        frames_N4: left, top, right and bottom of each mask's area, (N, 4).
         boxes_N4: left, top, right and bottom of each box, (N, 4).
         side: cells per side of the result.
     """

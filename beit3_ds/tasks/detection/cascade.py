@@ -47,8 +47,8 @@ class SampledBoxes(NamedTuple):
     """Index of the object that each box matches, (N,) int64; `BACKGROUND` without an object, `IGNORED` for a box that
     no loss counts."""
     num_positive: int = 0
-    """Number of boxes at the start of `boxes` that match an object. Refined boxes are not sorted, and always have 0
-    here."""
+    """Number of boxes that match an object; these boxes come first in `boxes`. Set only for sampled proposals; 0 for
+    refined boxes, which are not sorted."""
 
 
 class StageOutput(NamedTuple):
@@ -117,7 +117,7 @@ class Cascade(nn.Module):
             sampled: sampled proposals of each image (`sample_proposals`).
             objects: objects of each image.
             sizes: height and width of each image in pixels.
-            count: number of proposals sampled per image.
+            count: maximum number of proposals sampled per image.
         """
         sums = []
         for number, stage in enumerate(self.stages):
@@ -161,8 +161,9 @@ def sample_proposals(
 
     At most `count` / 4 of the sampled proposals are positive. The objects' own boxes are added to the proposals, so
     there are positive proposals from the first step on. A random number decides whether a proposal is sampled. This
-    number depends only on `seed` and the index of the proposal's anchor. For an object's own box, the object's index
-    replaces the anchor's index. The sample therefore stays the same if rounding changes the order of the proposals.
+    number depends only on `seed` and the index of the proposal's anchor. An object's own box has no anchor; its index
+    is `num_anchors` plus the object's index. The sample therefore stays the same if rounding changes the order of the
+    proposals.
 
     Args:
         proposals: proposals of the image.

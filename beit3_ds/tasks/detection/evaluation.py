@@ -125,7 +125,9 @@ class DetectedSplit:
         ]
 
     def scores(self) -> dict[str, AveragePrecision]:
-        """Returns COCO's metrics by kind of result; empty if a source has no annotations."""
+        """Returns COCO's metrics for each kind of result ("bbox" or "segm"). Empty if there are no images, or if any
+        source has no annotations.
+        """
         if not len(self) or not all(source.has_annotations for source in self.opened):
             return {}
         images, annotations = read_truth(self.opened, {self.identifier(place) for place in range(len(self))})

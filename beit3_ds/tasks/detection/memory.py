@@ -41,7 +41,7 @@ def _pyramid(model: ModelConfig, settings: DetectionConfig, element_size: int) -
 
 
 def _box(settings: DetectionConfig, element_size: int) -> int:
-    """Returns the bytes kept per box in all three box stages together."""
+    """Returns the bytes that autograd keeps per box, summed over the three box stages."""
     elements = _convolved(settings, _BOX_SIDE, element_size)
     # The linear layer's input is a copy of the last map; its output has one element per unit.
     elements += (settings.pyramid_channels * _BOX_SIDE**2 + settings.box_width) * element_size

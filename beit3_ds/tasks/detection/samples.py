@@ -76,7 +76,9 @@ class ObjectSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of annotations, boxes and images that were left out or clipped, for each reason."""
+        """Returns the number of annotations, boxes and images that were left out or clipped for each reason, with an
+        example.
+        """
         return self.source.skipped
 
     def prepare(self, index: int, key: SampleKey) -> DetectionSample:
@@ -123,12 +125,12 @@ def evaluation_sample(
 def open_objects(source: SourceConfig, settings: DetectionConfig, *, needs_images: bool = True) -> AnnotatedObjects:
     """Opens a source of images with objects, and checks all entries of the annotation file.
 
-    With `needs_images`, also checks that all images exist.
+    The annotation file is `source.path`. With `needs_images`, also checks that all images exist.
 
     Raises:
-        ConfigError: if `source` lacks 'images', or has 'annotations' or 'split'; if a file cannot be read, an image is
-            missing, or an entry of the annotation file is invalid. For an invalid entry, the message names the
-            annotation file and the entry.
+        ConfigError: if `source` lacks 'images'; if `source` has 'annotations' or 'split', which this format does not
+            use; if a file cannot be read, an image is missing, or an entry of the annotation file is invalid. For an
+            invalid entry, the message names the annotation file and the entry.
     """
     if not source.images:
         raise ConfigError(

@@ -174,7 +174,8 @@ def draw_in_box(segmentation: Segmentation, size: tuple[int, int], box_4: Tensor
 def _clip_to_cells(ring: NDArray[np.float64]) -> NDArray[np.float64]:
     """Clips a polygon to the grid of MASK_SIDE x MASK_SIDE cells (Sutherland and Hodgman, 1974).
 
-    The time to draw a polygon is proportional to its outline, which can be much longer than the outline of the grid.
+    Clipping reduces the time to draw the polygon. This time is proportional to the length of the polygon's outline,
+    which can be much longer than the outline of the grid.
     """
     for axis in range(2):
         for sign, bound in ((1, 0.0), (-1, MASK_SIDE)):

@@ -66,10 +66,10 @@ class ImagenetRankTask(RankTask):
 class Imagenet(Task):
     """Defines image classification by comparison with class names, or by a linear layer.
 
-    With the head `names`, every training step encodes `data.texts.samples_per_step` class names, divided over ranks and
-    micro-batches. If this number equals the number of classes, the softmax is over all classes. If the number is
-    smaller, for example for ImageNet-21K, each step draws this number of classes and, in addition, encodes the class
-    name of every image. In this case, the softmax is over the classes whose names the step encodes.
+    With the head `names`, every training step draws `data.texts.samples_per_step` class names and encodes them, divided
+    over ranks and micro-batches. If this number equals the number of classes, the softmax is over all classes. If the
+    number is smaller, for example for ImageNet-21K, the step also encodes the class name of every image. The softmax is
+    then over the classes whose names the step encodes.
     """
 
     Settings = ImagenetConfig

@@ -59,7 +59,9 @@ Sample = ImageSample | PairSample | TextSample
 
 
 class ImageShape(NamedTuple):
-    """Holds image sizes in pixels and patches, for the shapes of empty tensors in a batch without images."""
+    """Holds the image sizes of a run, in pixels and patches. They determine the shapes of empty tensors in a batch
+    without images.
+    """
 
     image_size: int
     tokenizer_image_size: int

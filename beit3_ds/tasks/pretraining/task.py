@@ -40,7 +40,9 @@ class PretrainingRankTask(RankTask):
     """Encodes images as visual codes; None on pipeline stages without heads, and in a run on texts only."""
 
     def start(self, mesh: Mesh, device: torch.device) -> None:
-        """Moves the visual tokenizer to the device; the tensor-parallel ranks will share the encoding of images."""
+        """Moves the visual tokenizer to the device, and sets the tensor-parallel group whose ranks each encode a part
+        of the images.
+        """
         if self.encoder is not None:
             self.encoder.start(mesh.tensor, device)
 

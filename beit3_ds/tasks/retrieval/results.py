@@ -83,7 +83,7 @@ class ResultFiles:
     stream: Stream
     """Samples of the split, which provide names, captions and images."""
     retrieved: Retrieved
-    """Features and ranks of all images and captions of the split."""
+    """Features and retrieval ranks of all images and captions of the split."""
 
     def write(self, folder: ResultFolder, metrics: Mapping[str, float], num_shown: int) -> None:
         """Writes `retrieval.json` and `retrieval.html`.

@@ -107,7 +107,11 @@ def caption_of_epoch(count: int, key: SampleKey) -> int:
 
 
 def image_path(source: ImageSource, index: int) -> str:
-    """Returns the image's path, or its name in a tar file or folder; equal for all samples of one image."""
+    """Returns the path of a sample's image file. For an image in a tar file, returns the path of the tar file and the
+    key of the image.
+
+    The result is equal for all samples of one image.
+    """
     if isinstance(source, AnnotatedImages):
         return f"{source.images.path}/{source.paths[source.image_numbers[index]]}"
     return source.name(index)

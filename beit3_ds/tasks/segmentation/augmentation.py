@@ -127,7 +127,7 @@ def window_starts(side: int, window: int, stride: int) -> list[int]:
     Args:
         side: length of the side in pixels.
         window: length of a window in pixels, at most `side`.
-        stride: pixels between the starts of consecutive windows. The last window may start earlier.
+        stride: pixels between the starts of consecutive windows. The last two starts may be closer together.
     """
     count = 1 + math.ceil(max(0, side - window) / stride)
     return [min(number * stride, side - window) for number in range(count)]

@@ -35,8 +35,8 @@ class DecoderConfig:
     """Number of layers of the query decoder. The loss covers the predictions after each layer and before the first
     layer."""
     num_queries: Positive = 100
-    """Number of queries; each query predicts one mask and one class. If an image has more classes than queries, some
-    classes are not trained."""
+    """Number of queries; each query predicts one mask and one class. If an image has more classes than queries, the
+    loss of each decoder layer leaves out some of the image's classes."""
 
     def __post_init__(self) -> None:
         # GroupNorm needs two features per group, because a single feature in a map of one cell has no variance.

@@ -78,7 +78,7 @@ class SlidingWindows:
         return found
 
     def plan(self, sizes: Sequence[Size]) -> list[list[Window]]:
-        """Returns the windows of several images in batches.
+        """Returns the windows of several images, grouped into batches.
 
         A batch has at most `windows_per_batch` windows, all of one size.
 

@@ -196,8 +196,8 @@ class VisualTokenizerTask(Task):
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:
         """Builds the tokenizer's networks.
 
-        On the meta device, which is used for planning, a pretrained teacher is not loaded. The teacher is then assumed
-        to have `hidden_size` features.
+        On the meta device, which is used for planning, no teacher is loaded. If no teacher was loaded before, a
+        pretrained teacher is assumed to have as many features as the tokenizer's `hidden_size`.
         """
         visual = self.config.tokenizers.visual
         is_planned = torch.get_default_device().type == "meta" and self._teacher is None

@@ -79,7 +79,10 @@ def soft_scores(answers: Sequence[str]) -> dict[str, float]:
 
 
 def main_answer(answers: Sequence[str]) -> str:
-    """Returns the most frequent answer as `normalize_answer` writes it; of equally frequent answers, the first."""
+    """Normalizes the answers with `normalize_answer`, and returns the most frequent normalized answer.
+
+    If several are equally frequent, returns the first of them.
+    """
     return Counter(map(normalize_answer, answers)).most_common(1)[0][0]
 
 

@@ -101,7 +101,7 @@ class AnsweredSplit:
         return found | score_questions(scored)
 
     def accuracy(self, place: int) -> float | None:
-        """Returns the official accuracy, from 0 to 1, of the answer to question number `place`.
+        """Returns the official accuracy, from 0 to 1, of the model's answer to question number `place`.
 
         Returns None if the source of this question contains any question without answers from people.
         """

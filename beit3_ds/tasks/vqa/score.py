@@ -1,4 +1,4 @@
-"""Computes the accuracy of answers like the official VQA evaluator (Antol et al., 2015, arXiv:1505.00468)."""
+"""Computes the accuracy of answers as the official VQA evaluator does (Antol et al., 2015, arXiv:1505.00468)."""
 
 import math
 from collections import defaultdict
