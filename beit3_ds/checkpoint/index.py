@@ -237,7 +237,7 @@ def _parse_buffer(buffer: Any) -> StoredBuffer:
 
 
 def _describe_newer(content: dict[str, Any]) -> str:
-    """Returns an error message for an index of a newer format. The message tells which program version wrote the index."""
+    """Returns an error message for an index of a newer format. It tells which version wrote the index."""
     versions = content.get("versions")
     writer = versions.get("beit3_ds") if isinstance(versions, dict) else None
     needed = f"beit3_ds {writer[:_SHOWN]!a}" if isinstance(writer, str) else "a newer beit3_ds"

@@ -38,7 +38,7 @@ def layer_costs(config: RunConfig, head_flops: float) -> list[float]:
 
 
 def _expected_work(config: RunConfig) -> Work:
-    """Returns the number of rows, (query, key) pairs and patches in one step, assuming that all texts have full length."""
+    """Returns the numbers of rows, (query, key) pairs and patches in one step, for texts of full length."""
     data, num_patches = config.data, config.model.num_patches
     images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())
     image_length, caption_length, text_length = config.model.image_rows, data.pair_text_length, data.text_length

@@ -97,7 +97,7 @@ _MATMUL_ROWS = 2048  # rows per matrix product on a CPU; more rows need larger b
 
 
 class _Parameters(NamedTuple):
-    """Holds the parameters of one call: one tensor per expert in each field, or none if the op has none of it."""
+    """Holds the parameters of one call. Each field has one tensor per expert, or is empty."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]  # empty in the backward pass
