@@ -14,7 +14,7 @@ def to_floats(pixels_B3SS: Tensor, colors_B33: Tensor | None = None) -> Tensor:
 
     Args:
         pixels_B3SS: RGB images, (images, 3, size, size): uint8, or floats in [-1, 1].
-        colors_B33: colour changes of uint8 images (`change_colors`); None changes nothing.
+        colors_B33: colour changes for uint8 images (`change_colors`), ignored for float images; None changes nothing.
     """
     if pixels_B3SS.is_floating_point():
         return pixels_B3SS

@@ -233,9 +233,9 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _resolve(names: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Returns the IP addresses of each host name, without names that are not resolved within two seconds.
+    """Returns the IP addresses of each host name that is resolved within two seconds, by name.
 
-    Each loopback address is replaced by "loopback".
+    All names are looked up at once. Each loopback address is replaced by "loopback".
     """
     found: dict[str, frozenset[str]] = {}
 

@@ -38,7 +38,7 @@ class SourceConfig:
     None selects `folder` if `path` is a folder, and `tar` otherwise. Must be None for texts, whose format follows from
     the file name (beit3_ds/data/text/formats.py)."""
     images: PathString = ""
-    """Folder with the images that the annotation file names, or a pattern of tar files with these images
+    """Folder with the images that the annotation file lists, or a pattern of tar files with these images
     (`coco/*.tar`)."""
     annotations: PathString = ""
     """Annotations that are not in `path`: a second annotation file, such as the answers to the questions in `path`, or

@@ -23,11 +23,11 @@ class SampleCounts(NamedTuple):
 class StepShares:
     """Divides the samples of one step over ranks and micro-batches as evenly as possible.
 
-    The sizes of the shares are those of dealing cards: each rank in turn gets one sample, first of the images, then of
-    the pairs, then of the texts. Each rank divides its samples among its micro-batches in the same way. The totals of
-    two ranks, or of two micro-batches of one rank, therefore differ by at most one sample. `slots` determines which
-    samples a rank gets. Uneven shares do not change the loss, because each loss term is a mean over the samples or
-    positions of the whole step.
+    The size of each share is found by dealing the samples like cards, one at a time, to each rank in turn. All images
+    are dealt first, then all pairs, then all texts. The turn does not go back to rank 0 between these streams. Each
+    rank divides its samples among its micro-batches in the same way. The totals of two ranks, or of two micro-batches
+    of one rank, therefore differ by at most one sample. `slots` determines which samples a rank gets. Uneven shares do
+    not change the loss, because each loss term is a mean over the samples or positions of the whole step.
     """
 
     samples: SampleCounts

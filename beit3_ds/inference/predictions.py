@@ -38,7 +38,8 @@ class Prediction:
     title: str
     """Title of the prediction on the HTML page: a question, a statement, a retrieval text, or the image's file name."""
     lines: dict[str, str]
-    """Lines of text below the title on the HTML page. Each line follows its key, such as "caption" or "answers"."""
+    """Lines of text below the title on the HTML page. The page shows each key, such as "caption" or "answers", as the
+    label of its line."""
     record: dict[str, Any]
     """JSON object of the prediction."""
 

@@ -1,4 +1,4 @@
-"""Implements linear layers and norms with one set of parameters per expert, for the rows of this expert."""
+"""Implements linear layers and norms with one set of parameters per expert. Each row uses its expert's set."""
 
 # T packed rows, D input width, F output width.
 

@@ -4,8 +4,8 @@ Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3. Sequence parallelism 
 arXiv:2205.05198, section 4.2.
 
 The residual stream is (T, D): packed tokens by hidden size. Without sequence parallelism, every rank holds all T rows
-between tensor-parallel layers. With sequence parallelism, each of the P ranks holds n = ceil(T / P) rows: rank r holds
-rows [r * n, (r + 1) * n). The residual stream is then padded with zeros to P * n rows.
+between tensor-parallel layers. With sequence parallelism, the residual stream is padded with zeros to P * n rows, for P
+ranks and n = ceil(T / P). Rank r holds rows [r * n, (r + 1) * n).
 """
 
 # T rows, P tensor-parallel size, n = ceil(T / P) rows of one rank, D width.

@@ -34,7 +34,7 @@ class HostRequirements(NamedTuple):
     validation: int
     """Memory of the validation batches that the ranks keep, in bytes."""
     checkpoint: int
-    """Memory of the copies of the training state that are written to checkpoints while training continues, in bytes."""
+    """Bytes of the copied training state, which is written to checkpoints while training continues."""
     offloaded: int
     """Bytes of master weights, moments, gradients and parameters that DeepSpeed offloads to the host."""
     pinned: int

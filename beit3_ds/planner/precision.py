@@ -1,4 +1,4 @@
-"""Models what float32 costs in a bf16 run, for the residual stream and for gradient sums."""
+"""Models the cost of float32 for the residual stream and for gradient sums in a bf16 run."""
 
 import dataclasses
 from collections.abc import Mapping

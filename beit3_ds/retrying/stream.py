@@ -82,8 +82,9 @@ class RetryingStream(io.RawIOBase):
         """Writes all unwritten bytes and `data`, and keeps in memory what cannot be written; always returns the length
         of `data`.
 
-        Drops `data` if the reader of a pipe has ended, if earlier bytes were dropped and the stream does not count them
-        yet, or if `data` and earlier unwritten bytes together exceed the limit.
+        Drops `data` in three cases: the reader of a pipe has ended; earlier bytes were dropped, and the line with the
+        number of dropped bytes has not been added yet; or there are unwritten bytes, and these bytes and `data`
+        together exceed the limit.
         """
         content = bytes(data)
         with self._lock:

@@ -30,8 +30,8 @@ class Launch:
     world_size: int
     """Number of ranks on all hosts."""
     local_rank: int
-    """Index of this rank's device among the devices that the rank sees. The index is the number of the rank within its
-    host. Under mpirun or srun, the index is 0 if `CUDA_VISIBLE_DEVICES` lists one device."""
+    """Index of this rank's device among the devices that the rank sees. The index is 0 if mpirun or srun started the
+    rank and `CUDA_VISIBLE_DEVICES` lists one device. Otherwise, the index equals the rank's index within its host."""
     local_size: int | None
     """Number of ranks on this host; None if the launcher does not set it."""
     master_addr: str | None

@@ -38,12 +38,12 @@ class SkippedSteps:
     def add(self, step_batch: StepBatch, grad_norm: float, probe: GradientProbe) -> dict[str, Any]:
         """Counts a skipped step, and finds the ranks whose own gradients are non-finite.
 
-        Sends the sample names of these ranks to all ranks.
+        Sends the sample names of the micro-batches with non-finite gradients to all ranks.
 
         Returns:
-            Record for metrics.jsonl. The entry "ranks" has one item per such rank: the number and name of the rank, and
-            the sample names of the micro-batches with non-finite gradients. The entry is empty if the gradients of all
-            ranks were finite but the sum over the ranks was not.
+            Record for metrics.jsonl. The entry "ranks" has one item for each rank with non-finite gradients: the rank's
+            number and name, and the index and sample names of each micro-batch with non-finite gradients. The entry is
+            empty if the gradients of all ranks were finite but the sum over the ranks was not.
         """
         self.total += 1
         self.in_a_row += 1

@@ -4,10 +4,11 @@ Every step needs the same gigabytes of activations and gradients. glibc's memory
 glibc needs a free block that is slightly larger, so a freed block does not fit the next request of the same size. Small
 tensors that live long also split the free space between large tensors.
 
-So activations and gradients get their own address range. Activations are allocated from the lower end, and are freed in
-the order of allocation or in reverse order. Weight gradients live until the optimizer's update. They are allocated from
-the upper end of the part that was used or reserved so far. At the end of the backward pass, weight gradients reuse
-memory that activations have freed (BENCHMARKS.md). On a GPU, PyTorch's caching allocator does this work.
+So activations and gradients get their own address range. Activations are allocated from the lower end of this range,
+and are freed in the order of allocation or in reverse order. Weight gradients live until the optimizer's update. They
+are allocated downwards from the highest address that was used or reserved so far. At the end of the backward pass,
+weight gradients reuse memory that activations have freed (BENCHMARKS.md). On a GPU, PyTorch's caching allocator does
+this work.
 """
 
 import math

@@ -175,7 +175,8 @@ def _forward_plain(
     """Applies PyTorch's LayerNorm to each expert's rows, in chunks that fit into the cache.
 
     Returns:
-        h_TD, then two tensors (rows, 1) per expert: the mean of each row, and 1 / standard deviation of each row.
+        h_TD, the output for all rows. Then two tensors per expert, (rows of the expert, 1): the mean of each row, and 1
+        / standard deviation of each row.
     """
     lengths, length = row_lengths(stops), chunk_rows(x_TD)
     h_TD = ALLOCATOR.empty(x_TD, *x_TD.shape, dtype=weights[0].dtype)

@@ -37,9 +37,9 @@ def residual_add(
 ) -> Tensor:
     """Computes y = residual + factor * (partial + bias) in the residual's dtype, with the bias of each row's expert.
 
-    Call this function after the ranks have summed the output of a row-parallel layer. Then bias and factor are applied
-    once, and not once per rank. In the backward pass, the residual's gradient is y's gradient, without a copy. An
-    expert without rows gets a zero gradient.
+    Call this function after the ranks have summed the output of a row-parallel layer, so that bias and factor are
+    applied once, and not once per rank. In the backward pass, the residual's gradient is y's gradient, without a copy.
+    The bias of an expert without rows gets a zero gradient.
 
     Args:
         residual_TD: residual stream, (T, D), in float32 or the branch's dtype.

@@ -46,7 +46,7 @@ def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
         num_rows: number of rows M.
         vocabulary: number of vocabulary columns V.
         chunk_size: limit on memory: the buffers and the backward pass's tile together hold at most `chunk_size` x V
-            logits, or two columns if this is more. None for no limit.
+            logits. Two columns (2 x M logits) are always allowed. None for no limit.
     """
     max_columns = _max_columns(num_rows, vocabulary, chunk_size)
     width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, max_columns // 2))

@@ -65,7 +65,7 @@ def row_statistics(x_TF: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x_TF: Tensor, gelu: bool, norm: Norm | None, slices: Slices) -> Tensor:
-    """Computes LN(gelu(x)) or LN(x) from given statistics of each row; without a norm, computes gelu(x).
+    """Computes LN(gelu(x)) or LN(x) from given statistics of each row. Without a norm, computes gelu(x) or copies x.
 
     Args:
         x_TF: rows, contiguous.

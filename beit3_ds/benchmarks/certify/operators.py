@@ -156,7 +156,7 @@ def _error(case: Case, problem: Problem) -> float:
 
 
 def _peak(problem: Problem, device: torch.device) -> float | None:
-    """Returns by how many MB a forward and backward pass raises the allocated memory at its peak.
+    """Returns the peak increase in allocated GPU memory during a forward and backward pass, in MB.
 
     Returns None on a CPU.
     """

@@ -31,7 +31,7 @@ def certify(
     machine: Section = MACHINE,
     architecture: int | None = None,
 ) -> int:
-    """Runs the sections with missing or incomplete results in the report's folder; updates the report after each
+    """Runs each section whose results in `folder` are missing, incomplete or failed, and updates the report after each
     section.
 
     After the machine's section, runs the sections that have no recorded status. Then runs sections that did not

@@ -55,8 +55,8 @@ CASES = {
         480, (13, 0.25), 32, ("pairs",), True, functools.partial(CaptionHead, label_smoothing=LABEL_SMOOTHING)
     ),
 }
-"""Tasks by name. The numbers of tokens include BOS and EOS. A question of VQAv2 has about 6 words, and a caption of
-COCO has about 11 words."""
+"""Tasks by name. The median in `Case.tokens` includes BOS and EOS. A question of VQAv2 has about 6 words, and a caption
+of COCO has about 11 words."""
 
 
 class Samples(NamedTuple):

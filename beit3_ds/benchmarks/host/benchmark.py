@@ -22,15 +22,16 @@ Round = dict[str, dict[str, Any]]
 def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
     """Measures the host's time for kernel launches and for ZeRO-3's hooks, in CPU time of one thread; returns a report.
 
-    Kernel launches are measured with narrow layers, built like those of base and giant, on an emulated GPU, whose
-    kernels do nothing (`fake_driver`). ZeRO-3's hooks are measured on the CPU, with a model of 40 narrow layers on one
-    rank. Steps with and without ZeRO-3, including updates, run in turn.
+    Kernel launches are measured on an emulated GPU whose kernels do nothing (`fake_driver`). The measured layers are
+    narrow, and are built like those of the base and giant models. ZeRO-3's hooks are measured on the CPU, with a model
+    of 40 narrow layers on one rank. Steps with ZeRO-3 and steps without ZeRO run in turn. Both include updates.
 
     Args:
         rounds: number of measured rounds.
         json_path: file for the results as JSON, with `rows` and `summary`. In `summary`, `base_layer_ms` and
             `giant_layer_ms` are the median milliseconds of one layer, for the forward and backward pass together.
-            `zero3_ratio` is the time of a step under ZeRO-3 divided by the time without ZeRO, median over rounds.
+            `zero3_ratio` is the time of a step with ZeRO-3 divided by the time of a step without ZeRO, median over
+            rounds.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

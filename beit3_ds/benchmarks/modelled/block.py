@@ -90,7 +90,8 @@ def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, g
         shape: sizes of the block. If `shape.sub_layernorm` is False, no sub-LN is computed.
         width: input width of the projection.
         gelu: whether the input is the output of GELU, as in the FFN. If True, `OpTime.before` contains no pass for the
-            statistics of sub-LN, because the kernel of the up projection computed the statistics.
+            statistics of sub-LN, because the kernel of the up projection computed the statistics. `OpTime.now` does not
+            depend on `gelu`.
     """
     flops, stream = 2 * shape.rows * width * shape.hidden, shape.rows * shape.hidden * shape.stream_size
     joined = rates.pass_seconds(2 * stream + shape.rows * shape.hidden * _SIZE)

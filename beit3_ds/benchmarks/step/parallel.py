@@ -56,10 +56,11 @@ in this order: separate processes, gradient reduction, divided updates, and divi
 def benchmark_parallel(json_path: str | None = None) -> str:
     """Measures one training step with one and with two processes (`VARIANTS`), in several rounds; returns a report.
 
-    Two processes are measured in four variants: without communication, and with ZeRO stage 0, 1 or 3. In each round,
-    all variants run in turn. The step has 16 images, 16 pairs and 16 texts. With two processes, each process computes
-    half of these samples. The model has 6 blocks of width 384 and a vocabulary of 64k, in float32. Ratios are computed
-    within a round: the time of one process with two threads, divided by the time of two processes with one thread each.
+    The five variants are one process, two processes without communication, and two processes with ZeRO stage 0, 1 or 3.
+    In each round, all variants run in turn. The step has 16 images, 16 pairs and 16 texts. With two processes, each
+    process computes half of these samples. The model has 6 blocks of width 384 and a vocabulary of 64k, in float32.
+    Ratios are computed within a round: the time of one process with two threads, divided by the time of two processes
+    with one thread each.
 
     Args:
         json_path: file for the results as JSON, with `rows` and `summary`. `summary.efficiency` is the median ratio

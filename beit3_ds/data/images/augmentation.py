@@ -76,7 +76,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the shorter side, in pixels, that a decoded image must have so that no crop is enlarged.
+        """Returns the minimum shorter side of a decoded image, in pixels, at which no crop is enlarged.
 
         Returns None if images must be decoded in full size, because crops may have any size.
         """

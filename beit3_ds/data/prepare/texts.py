@@ -69,8 +69,8 @@ class TextPreparation:
     num_tokens: int
     """Number of tokens in the pieces that `pieces_written` and `pieces_kept` count."""
     broken: tuple[str, ...]
-    """Skipped lines of all pieces that are counted in `pieces_written` or `pieces_kept`. Each entry names the file, the
-    line number and the reason."""
+    """Skipped lines in the pieces that `pieces_written` and `pieces_kept` count. Each entry names the file, the line
+    number and the reason."""
     files_left: int
     """Number of text files with a piece that has no up-to-date token file. Such pieces belong to other shares of the
     texts (`WorkShare`)."""

@@ -74,7 +74,9 @@ class Extractor(nn.Module):
         self.ffn = ConvFFN(hidden_size, max(1, int(hidden_size * config.ffn_ratio)))
 
     def forward(self, c_BLD: Tensor, x_BND: Tensor, geometry: Geometry, factor_B: Tensor | None) -> Tensor:
-        """Returns the updated pyramid rows, (B, L, D). Attention to the patches updates them first, and then the FFN.
+        """Returns the updated pyramid rows, (B, L, D).
+
+        Attention to the patches updates the pyramid rows first. The FFN then updates the result.
 
         Args:
             c_BLD: pyramid rows.

@@ -157,7 +157,7 @@ class Cascade(nn.Module):
 def sample_proposals(
     proposals: Proposals, num_anchors: int, objects: ImageObjects, seed: Tensor, count: int
 ) -> SampledBoxes:
-    """Samples at most `count` proposals of an image for training; positive ones come first.
+    """Samples at most `count` proposals of an image for training. The result lists positive proposals first.
 
     At most `count` / 4 of the sampled proposals are positive. The objects' own boxes are added to the proposals, so
     there are positive proposals from the first step on. A random number decides whether a proposal is sampled. This

@@ -76,7 +76,7 @@ class ObjectSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of annotations, boxes and images that were left out or clipped for each reason, with an
+        """Returns the number of left-out annotations, clipped boxes or oversized images for each reason, with an
         example.
         """
         return self.source.skipped

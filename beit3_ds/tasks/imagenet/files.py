@@ -6,9 +6,9 @@
 | tars | first that exists: last folder in the path, number in `KEY.cls`, file name before `_` (`n01440764_10026.jpg`) |
 | JSON lines | value of `class` |
 
-`KEY` is the path of an image in the tar file, without the extension. The number in `KEY.cls` is a class label. Every
-other entry in the right column is a class key (`ImageClass.key`). In JSON lines, the value of `image` is the image's
-path in the folder of images.
+`KEY` is the path of an image in the tar file, without the extension. The number in `KEY.cls` is a class label. The
+folders, the file name before `_` and the value of `class` are class keys (`ImageClass.key`). In JSON lines, `image` is
+the image's path in the folder of images.
 """
 
 import os

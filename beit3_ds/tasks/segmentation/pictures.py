@@ -45,7 +45,7 @@ def draw_labels(image: Image.Image, labels: NDArray[np.uint8], names: Sequence[s
 
     Args:
         image: RGB image.
-        labels: class of each pixel, (height, width) uint8; 255 where unknown, drawn black.
+        labels: class of each pixel, (height, width) uint8; 255 where unknown, drawn dark.
         names: name of each class.
     """
     colored = color_labels(image, labels)
@@ -72,7 +72,7 @@ def _percent(share: float) -> str:
 
 
 def color_labels(image: Image.Image, labels: NDArray[np.uint8]) -> Image.Image:
-    """Draws classes in colours over an image; pixels without a class become black.
+    """Draws classes in colours over an image; pixels without a class become dark.
 
     Args:
         image: RGB image.

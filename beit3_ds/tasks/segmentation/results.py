@@ -36,8 +36,8 @@ def write_results(
     """Writes the result files of an evaluation; without labels, writes no class table and no confusion matrix.
 
     Args:
-        result: results over all ranks. The page is left out if `result.shown` is empty.
-        metrics: metrics of the split, for the page; empty for a split without labels.
+        result: results over all ranks. If `result.shown` is empty, no HTML page is written.
+        metrics: metrics of the split, for the HTML page; empty for a split without labels.
         stream: images of the split.
         names: name of each class.
         folder: folder to write to.
@@ -131,7 +131,7 @@ def _shown_samples(images: Sequence[ShownImage], stream: Stream, names: Sequence
 
 
 def _note(result: SegmentedImages) -> str:
-    return f"{len(result.shown)} of {result.num_images} images. Pixels without a label are black in the truth."
+    return f"{len(result.shown)} of {result.num_images} images. Pixels without a label are dark in the truth."
 
 
 def _stem(stream: Stream, number: int) -> str:

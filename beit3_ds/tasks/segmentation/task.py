@@ -68,7 +68,7 @@ class SegmentationRankTask(RankTask):
         """Makes two pictures of a training crop: the crop itself, and its labels drawn over it in colours, with a
         legend.
 
-        In the second picture, pixels without a label are black. Returns None if `sample` is not a training crop.
+        In the second picture, pixels without a label are darkened. Returns None if `sample` is not a training crop.
         """
         if not isinstance(sample, LabelledCrop):
             return None
@@ -188,9 +188,9 @@ class Segmentation(Task):
             folder: folder to write to.
 
         Raises:
-            ConfigError: if `paths` does not have exactly one element, the folder of the predictions cannot be read or
-                does not match the split's images, a prediction or a true label map is invalid, or the split has no
-                label maps.
+            ConfigError: if `paths` has several elements or none; if the folder of the predictions cannot be read or
+                does not match the split's images; if a prediction or a true label map is invalid; or if the split has
+                no label maps.
         """
         if len(paths) != 1:
             raise ConfigError(f"--results: segmentation scores one folder of label maps, but {len(paths)} are named.")
