@@ -78,7 +78,7 @@ def is_frozen(name: str, patterns: Iterable[str]) -> bool:
 
 
 def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[ParameterGroup, list[T]]:
-    """Divides parameters into optimizer groups with equal settings. No group is empty.
+    """Groups the parameters that have equal optimizer settings. No group is empty.
 
     Args:
         parameters: maps the logical name of each parameter to the parameter, or to another value that is grouped

@@ -1,4 +1,5 @@
-"""Provides the tensor-parallel group, its differentiable collectives and split parameters, as in Megatron-LM.
+"""Provides the tensor-parallel group, differentiable collectives, and parameters split over the group, as in
+Megatron-LM.
 
 Follows Shoeybi et al., 2019, arXiv:1909.08053, section 3. Sequence parallelism follows Korthikanti et al., 2022,
 arXiv:2205.05198, section 4.2.

@@ -65,11 +65,11 @@ class Rendezvous:
             seconds: maximum time in seconds that ranks wait for each other.
             secret: secret that all ranks of the run share.
             end: function that ends this process at once, even if the main thread is blocked in a call.
-            contended_at: function that returns when another command was last seen waiting for the lock on the output
-                folder, as monotonic time in seconds; -inf if never. Only rank 0 calls the function. The other command
-                uses the same secret and port, so its ranks may connect to this rank 0. If the other command was seen
-                while rank 0 collected the ranks, or at most `_CONTENDER_SECONDS` earlier, rank 0 waits until the
-                command has not been seen for `_CONTENDER_SECONDS`. Then rank 0 collects the ranks again.
+            contended_at: function that returns the monotonic time in seconds at which another command was last seen
+                waiting for the lock on the output folder; -inf if never. Only rank 0 calls the function. The other
+                command uses the same secret and port, so its ranks may connect to this rank 0. If the command was seen
+                while rank 0 collected the ranks, or up to `_CONTENDER_SECONDS` before, rank 0 waits until the command
+                has not been seen for `_CONTENDER_SECONDS`. Then rank 0 collects the ranks again.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()
@@ -221,7 +221,7 @@ class Rendezvous:
     def _gather_ranks(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
         """Waits for all ranks, sends an answer to them, and returns the answer. Only rank 0 calls this method.
 
-        The answer has each rank's address, number of threads and nonce, and rank 0's challenge (`_find_ranks`).
+        The answer has each rank's address, nonce and number of threads. It also has rank 0's challenge (`_find_ranks`).
 
         If a user starts a second command for the same output folder, the ranks of the second command may connect to
         this run's rank 0 before that command is refused. Rank 0 then waits until the second command has ended, and

@@ -175,7 +175,7 @@ def _read_recipe(path: str | Path) -> Recipe | None:
 def _merge_sources(images: list[Any], pairs: list[Any]) -> list[Any]:
     """Joins the image and pair sources of a recipe from version 0.1.
 
-    Drops sampling weights and duplicate sources, which that version ignored.
+    Drops sampling weights and duplicate sources. Version 0.1 ignored both.
     """
     merged: list[Any] = []
     for source in (*images, *pairs):

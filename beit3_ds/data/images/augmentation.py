@@ -76,9 +76,10 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum shorter side of a decoded image, in pixels, at which no crop is enlarged.
+        """Returns the minimum length of a decoded image's shorter side in pixels; from this length on, no crop is
+        enlarged.
 
-        Returns None if images must be decoded in full size, because crops may have any size.
+        Returns None if `min_crop_scale` is 0. Crops may then have any size, so images must be decoded in full size.
         """
         return smallest_side(max(self.image_size, self.tokenizer_image_size), self.min_crop_scale)
 

@@ -17,9 +17,9 @@ _BLOCK = 128
 """Number of samples per block of a `SourceSubset`. To find one sample, the whole block is computed."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""Length of the range of sample numbers that is reserved for a removed source. A removed source is no longer in the
-config. The reserved ranges start at this value or above it. The sample numbers of sources in the config are below this
-value."""
+"""Exclusive upper limit of the sample numbers of sources in the config. This value is also the length of the range of
+sample numbers that is reserved for each removed source. A removed source is no longer in the config. The reserved
+ranges start at this value or above it."""
 
 Bounds = Callable[[int], tuple[int, int]]
 """Maps a source's id to the source's first sample number in the stream, and to one past the last."""

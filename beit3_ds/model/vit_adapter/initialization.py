@@ -12,9 +12,10 @@ def adapter_initial_value(
 ) -> Tensor | None:
     """Returns the special initial value that the original code gives to a parameter, or None if it gives none.
 
-    Injector factors start at `AdapterConfig.initial_scale`. Sampling points start on rings around each query, with
-    equal weights. Convolutions use Kaiming normal initialization (fan-out). Level embeddings are drawn from a standard
-    normal distribution. Projections of deformable attention use Xavier uniform initialization.
+    Injector factors start at `AdapterConfig.initial_scale`. Convolutions use Kaiming normal initialization (fan-out).
+    Level embeddings are drawn from a standard normal distribution. In deformable attention, the value and output
+    projections use Xavier uniform initialization. The sampling points start on rings around each query
+    (`ring_offsets`), and all attention weights start equal.
 
     Args:
         name: name of the parameter within the adapter, such as `interactions.0.injector.gamma`.
@@ -23,8 +24,8 @@ def adapter_initial_value(
         generator: generator of random numbers.
 
     Returns:
-        Initial value, float32 on the CPU. None for norms, for linear layers outside deformable attention, and for the
-        biases of convolutions and projections.
+        Initial value, float32 on the CPU. None for norms, for linear layers outside deformable attention, for the
+        biases of convolutions, and for the biases of the value and output projections.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "gamma":

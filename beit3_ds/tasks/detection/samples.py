@@ -76,8 +76,10 @@ class ObjectSamples:
         return self.source.name(index)
 
     def skipped(self) -> dict[str, Skipped]:
-        """Returns the number of left-out annotations, clipped boxes or oversized images for each reason, with an
-        example.
+        """Returns a count and one example for each kind of problem in the annotation file.
+
+        Each reason why training leaves out an annotation is one kind. Boxes that exceed their image by more than 1
+        pixel are another kind, and so are images with too many pixels.
         """
         return self.source.skipped
 

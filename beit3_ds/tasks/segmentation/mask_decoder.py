@@ -78,9 +78,9 @@ class MaskDecoder(nn.Module):
     """Predicts masks and classes of an image from four feature maps; each of a fixed number of queries predicts one
     mask (Mask2Former).
 
-    The pixel decoder mixes the three coarser maps by deformable attention and adds the finest map. In each layer of the
-    query decoder, a query attends only to cells within the mask that the previous layer predicted for the query. There
-    is no dropout.
+    The pixel decoder mixes the three coarser maps by deformable attention. It then enlarges the 1/8 map and adds it to
+    the finest map. In each layer of the query decoder, a query attends only to cells within the mask that the previous
+    layer predicted for the query. There is no dropout.
 
     With bf16 or fp16 parameters, forward runs under autocast. The sampling locations of deformable attention get the
     dtype of the maps that group norms return. On a GPU, this dtype is float32; half precision would be too coarse. On a

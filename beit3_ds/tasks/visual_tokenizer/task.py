@@ -196,8 +196,8 @@ class VisualTokenizerTask(Task):
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:
         """Builds the tokenizer's networks.
 
-        On the meta device, which planning uses, this method loads no teacher. It then assumes that a pretrained teacher
-        has `hidden_size` features, as the tokenizer does, unless an earlier call has loaded the teacher.
+        On the meta device, which planning uses, this method loads no teacher. If no earlier call has loaded the
+        teacher, the method assumes that a pretrained teacher has as many features as the tokenizer: `hidden_size`.
         """
         visual = self.config.tokenizers.visual
         is_planned = torch.get_default_device().type == "meta" and self._teacher is None
