@@ -39,7 +39,7 @@ def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
         step: number of steps so far; selects the samples.
 
     Returns:
-        A short text with the tensor's name, and the number of different elements or the different sizes; None if all
+        A short text with the tensor's name, and either how many elements differ or which sizes differ; None if all
         samples are equal.
     """
     names, differing, num_compared = [], [], []

@@ -82,9 +82,9 @@ class RetryingStream(io.RawIOBase):
         """Writes all unwritten bytes and `data`, and keeps in memory what cannot be written; always returns the length
         of `data`.
 
-        Drops `data` in three cases: the reader of a pipe has ended; earlier bytes were dropped, and the line with the
-        number of dropped bytes has not been added yet; or there are unwritten bytes, and these bytes and `data`
-        together exceed the limit.
+        Drops `data` in three cases. First, the reader of a pipe has ended. Second, earlier bytes were dropped, and the
+        stream does not yet contain the line that counts them. Third, earlier bytes are unwritten, and together with
+        `data` they exceed the limit.
         """
         content = bytes(data)
         with self._lock:

@@ -49,8 +49,9 @@ class Watchdog:
     receives a signal, all ranks know it about two seconds later.
 
     Network traffic: each rank reads four short values from the store every second, all in one request. Each rank also
-    writes about 80 bytes every `heartbeat_timeout_seconds` / 6 seconds. With 512 ranks and 60 s, these are 565 requests
-    and less than 200 kB per second. A store answers 24,000 requests per second on one core.
+    writes about 80 bytes every `heartbeat_timeout_seconds` / 6 seconds. With 512 ranks and `heartbeat_timeout_seconds`
+    = 60, these are 565 requests per second and less than 200 kB per second. A store answers 24,000 requests per second
+    on one core.
     """
 
     def __init__(

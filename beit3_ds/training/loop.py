@@ -359,7 +359,7 @@ def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, 
 def _evaluate_and_record(run: Run, done: int) -> bool:
     """Evaluates loss terms and task metrics, and records them.
 
-    Writes result files after the last step, and in evaluations after which the run may stop early.
+    Also writes result files after the last step, and whenever early stopping may end the run after this evaluation.
 
     Returns:
         Whether the evaluation is the best so far (`training.best_metric`); False for the initial weights.

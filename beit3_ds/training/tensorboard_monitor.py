@@ -19,8 +19,9 @@ class TensorBoardMonitor:
         """Closes DeepSpeed's writer, and continues the event file of that writer.
 
         Args:
-            summary_writer: `torch.utils.tensorboard.SummaryWriter`.
-            report: function that receives one line when the file cannot be written, and one when it is complete again.
+            summary_writer: DeepSpeed's writer, a `torch.utils.tensorboard.SummaryWriter`.
+            report: function that receives one line when the file cannot be written, and one when missed events have
+                been written.
         """
         summary_writer.flush()
         path = Path(summary_writer.file_writer.event_writer._file_name)

@@ -76,8 +76,8 @@ def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
 def _max_columns(num_rows: int, vocabulary: int, chunk_size: int | None) -> int:
     """Returns the maximum number of vocabulary columns in one tile.
 
-    A tile contains the logits of all rows. It has at most `chunk_size` x `vocabulary` logits, but always at least one
-    column. Without a chunk size, the maximum is `vocabulary`.
+    A tile contains the logits of all rows for some columns. With a chunk size, a tile has at most `chunk_size` x
+    `vocabulary` logits, unless it has only one column. Without a chunk size, a tile may have all `vocabulary` columns.
     """
     return vocabulary if chunk_size is None else max(1, min(vocabulary, chunk_size * vocabulary // max(1, num_rows)))
 

@@ -95,9 +95,10 @@ def _zeros(TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _add_product(x, y_a, y_b, sum_a, sum_b, B: tl.constexpr):
-    """Returns sum + x @ y as column blocks a and b.
+    """Returns sum + x @ y in two column blocks, a and b.
 
-    y and sum are passed as the same two blocks. B is the width of block b. If B is 0, `sum_b` is returned unchanged.
+    y and sum are divided into blocks in the same way. B is the width of block b. If B is 0, `sum_b` is returned
+    unchanged.
     """
     sum_a = tl.dot(x, y_a, sum_a, input_precision="ieee")
     if B > 0:

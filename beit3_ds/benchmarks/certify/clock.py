@@ -32,8 +32,10 @@ class Timing(NamedTuple):
         return statistics.median(self.milliseconds)
 
     def describe(self) -> dict[str, float]:
-        """Returns four times in milliseconds, by name: the median, minimum and maximum device time of a call, and
-        `host_milliseconds`.
+        """Returns the median, minimum and maximum device time of a call and the host's time (`host_milliseconds`), by
+        name.
+
+        All times are in milliseconds.
         """
         low, high = min(self.milliseconds), max(self.milliseconds)
         return {"ms": self.median, "min_ms": low, "max_ms": high, "host_ms": self.host_milliseconds}

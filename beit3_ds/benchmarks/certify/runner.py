@@ -175,8 +175,13 @@ def _run_once(section: Section, results: ResultsFile, call: int, seconds: float,
 def _own_status(section: Section, results: ResultsFile, call: int) -> str:
     """Returns the status of a section whose process ended without an error.
 
-    If the section recorded in call number `call` that it lacked a package or a GPU, returns the recorded status.
-    Otherwise, returns "done".
+    The status is "done", unless the section lacked a package or a GPU. In that case, the section itself has recorded a
+    status in this call of `beit3 certify`, and this status is returned.
+
+    Args:
+        section: the section.
+        results: results file.
+        call: number of this call of `beit3 certify`.
     """
     for line in reversed(list(results.read())):
         if line.get("section") == section.name and line.get("call") == call and "status" in line:

@@ -2,8 +2,8 @@
 maps.
 
 The padded blocks follow detectron2's ViTDet and SAM. All images are padded to the largest feature map. Every block pads
-the normalised map to a multiple of the window size, divides it into windows, and computes the padded rows like all
-others.
+the normalised map to a multiple of the window size, and divides it into windows. Padding rows are computed like rows of
+the image.
 """
 
 # B images, H and W rows and columns of the padded maps, D hidden, N windows, L patches of a window.

@@ -89,9 +89,8 @@ def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, g
         rates: assumed rates of kernels.
         shape: sizes of the block. If `shape.sub_layernorm` is False, no sub-LN is computed.
         width: input width of the projection.
-        gelu: whether the input is the output of GELU, as in the FFN. If True, `OpTime.before` contains no pass for the
-            statistics of sub-LN, because the kernel of the up projection computed the statistics. `OpTime.now` does not
-            depend on `gelu`.
+        gelu: whether the input is the output of GELU, as in the FFN. It affects only `OpTime.before`: in the old code,
+            the kernel of the up projection computed the statistics of the sub-LN after GELU.
     """
     flops, stream = 2 * shape.rows * width * shape.hidden, shape.rows * shape.hidden * shape.stream_size
     joined = rates.pass_seconds(2 * stream + shape.rows * shape.hidden * _SIZE)

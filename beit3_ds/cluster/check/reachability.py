@@ -15,7 +15,7 @@ async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
     Each host has 15 seconds to answer.
 
     Returns:
-        One line with the reason for each host on which the command failed or exceeded the time limit, by host name.
+        Maps the name of each host on which the command failed or exceeded the time limit to one line with the reason.
     """
     limit = asyncio.Semaphore(_AT_A_TIME)
     names = list(hosts)

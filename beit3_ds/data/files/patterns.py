@@ -20,13 +20,13 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
 
     Patterns have the syntax of a shell: `*`, `?`, `[abc]`, `**` for folders of any depth, `~`, and braces as in
     `shard-{0000..0127}.tar`. Every alternative in braces must have a match. Alternatives keep their order. The matches
-    of a pattern or an alternative are sorted by path. `**` follows links to folders and visits each folder once. If a
-    pattern or an alternative is the path of an existing file or folder, it matches only this path. The returned list
-    contains a folder only in this case.
+    of a pattern or an alternative are sorted by path. `**` follows links to folders and visits each folder once; a
+    pattern that ends in `**` lists only files. If a pattern or an alternative is the path of an existing file or
+    folder, it matches only this path.
 
     Raises:
-        ConfigError: if a pattern or an alternative in braces matches nothing, if a pattern with wildcards matches a
-            folder and does not end in `**`, if a match is a pipe, a socket or a device, or if a file is matched twice.
+        ConfigError: if a pattern or an alternative in braces matches nothing, if another pattern with wildcards matches
+            a folder, if a match is a pipe, a socket or a device, or if a file is matched twice.
         StorageError: if the file system fails.
     """
     files: list[str] = []

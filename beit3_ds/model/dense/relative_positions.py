@@ -63,9 +63,9 @@ class RelativePositions(nn.Module):
             q_THK: queries.
             k_THK: keys.
             v_THK: values.
-            grids: rows and columns of each image's patch grid.
-            row_window_size: side, in patches, of the windows by which rows are ordered in all layers
-                (`ModelConfig.dense.window_size`).
+            grids: numbers of rows and columns of each image's patch grid.
+            row_window_size: side, in patches, of the windows that determine the order of the T rows
+                (`ModelConfig.dense.window_size`). This order is the same in all layers.
             window_size: side, in patches, of the windows in which this layer attends; 0 if the layer attends to whole
                 images.
         """

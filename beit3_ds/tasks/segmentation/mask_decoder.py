@@ -82,9 +82,9 @@ class MaskDecoder(nn.Module):
     the finest map. In each layer of the query decoder, a query attends only to cells within the mask that the previous
     layer predicted for the query. There is no dropout.
 
-    With bf16 or fp16 parameters, forward runs under autocast. The sampling locations of deformable attention get the
-    dtype of the maps that group norms return. On a GPU, this dtype is float32; half precision would be too coarse. On a
-    CPU, it is the parameters' dtype.
+    With bf16 or fp16 parameters, forward runs under autocast. On a GPU, the sampling locations of deformable attention
+    are then float32, because half precision would be too coarse. On a CPU, the locations are in half precision, and so
+    less exact.
     """
 
     def __init__(self, settings: SegmentationConfig, channels: int) -> None:
