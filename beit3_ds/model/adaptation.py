@@ -214,10 +214,10 @@ class AdaptedWeights:
         return any(name in names and modality not in self.model.modalities for modality, names in _TABLES.items())
 
     def _check_inputs(self, wanted: Iterable[str]) -> None:
-        """Checks that weights of a model with fewer kinds of input contain the tensors that this model needs.
+        """Checks that the stored weights contain the tensors that the kinds of input of this model need.
 
-        Does nothing if the stored weights' model takes all kinds of input. Tensors of the head and the final norm may
-        be missing.
+        Does nothing if the stored model takes all kinds of input. Tensors of the head and the final norm may be
+        missing.
 
         Args:
             wanted: names of the tensors that this model needs.

@@ -123,7 +123,7 @@ def _caption(name: str, keywords: list[str]) -> str:
 
 
 def _read_annotations(archive: Path) -> dict[str, tuple[str, list[str]]]:
-    """Returns the English name and the keywords of each emoji, by character without variation selectors."""
+    """Maps each emoji that has an English name to this name and the keywords. Keys have no variation selectors."""
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/annotations/en/annotations.json")
         assert member is not None, "tarfile.extractfile gives None for directories only"

@@ -140,9 +140,9 @@ class RankTask:
             pack: packs prepared samples into a micro-batch.
             views: which resized copies of each image a sample has, for the memory limit of prefetching: "model",
                 "tokenizer" or "both".
-            validation_loss: how splits other than "train" are opened. True serves the mean of each loss term: it opens
-                at most `TrainingConfig.loss_samples` samples per kind and keeps them in memory. False serves
-                `evaluate`: it opens all samples of a split.
+            validation_loss: whether splits other than "train" are opened for the mean of each loss term. If True, at
+                most `TrainingConfig.loss_samples` samples per kind are opened, and stay in memory. If False, all
+                samples of a split are opened, for `evaluate`.
             pairs_per_sample: `Task.pairs_per_sample`, for the memory limit of prefetching.
             fields: values of further fields of the class.
 

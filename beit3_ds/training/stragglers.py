@@ -70,10 +70,10 @@ class Stragglers:
             step_seconds: mean seconds per step.
 
         Returns:
-            Values for metrics.jsonl, and lines about the stragglers. At most four lines for "data", and at most four
-            for "work", name a straggler. If a time has more than four stragglers, a fifth line gives the number of the
-            others. There are three values for "data" and three for "work": the rank whose time exceeds the median of
-            its stage by the most seconds, that rank's seconds per step, and the median.
+            Values for metrics.jsonl, and lines about the stragglers. For each of the two times, at most four lines name
+            one straggler each, and a further line gives the number of the others, if there are more than four. There
+            are three values for "data" and three for "work": the rank whose time exceeds the median of its stage by the
+            most seconds, that rank's seconds per step, and the median.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])
