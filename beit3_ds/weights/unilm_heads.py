@@ -64,7 +64,8 @@ def head_keys(held: Collection[str]) -> dict[str, str]:
     The MIM and MLM heads are not included.
 
     Args:
-        held: names of all tensors in the weights, either unilm's names or this project's names.
+        held: names of all tensors in the weights. The names may be unilm's or this project's; the result is the same
+            for both.
     """
     names = set(held)
     return next((keys for keys in _KEYS.values() if keys.keys() <= names or set(keys.values()) <= names), {})

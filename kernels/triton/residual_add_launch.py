@@ -35,7 +35,7 @@ def forward(
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
-    This function returns a launch function. The decorator `Prepared` calls it, so a caller gets the results.
+    This function returns a launch function. `Prepared` calls the launch function, so a caller gets the results.
 
     Args:
         residual_TD: residual stream, contiguous.
@@ -72,7 +72,7 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
 
-    This function returns a launch function. The decorator `Prepared` calls it, so a caller gets the results.
+    This function returns a launch function. `Prepared` calls the launch function, so a caller gets the results.
 
     Args:
         dy_TD: gradient of y, contiguous.

@@ -45,7 +45,7 @@ def weight_gradient(
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    This function returns a launch function. The decorator `Prepared` calls it, so a caller gets the results. Results
+    This function returns a launch function. `Prepared` calls the launch function, so a caller gets the results. Results
     are deterministic for given numbers of rows, which determine the order of summation.
 
     Args:

@@ -159,8 +159,8 @@ class _AxisPlaces(NamedTuple):
     one_hot_TA: Tensor
     """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
     larger: tuple[int, ...]
-    """Image side lengths along the axis that exceed `RelativePositions.side`, in patches; ascending, without
-    repetition. The trained table is resampled once for each of them."""
+    """Side lengths of images along the axis, in patches, ascending and without repetition. Only lengths above
+    `RelativePositions.side` are listed. The trained table is resampled once for each of them."""
 
 
 @lru_cache(maxsize=32)  # equal for all layers with the same window size
