@@ -96,8 +96,9 @@ def is_loopback(name: str) -> bool:
 
 
 def read_hostfile(path: str | Path) -> Hostfile:
-    """Reads a hostfile and looks up the addresses of its hosts. The lookup takes at most two seconds. A name whose
-    addresses are not found in this time is not compared with other names.
+    """Reads a hostfile, and checks that no two names resolve to the same address.
+
+    Addresses are looked up for at most two seconds. Names that are not resolved by then are not checked.
 
     Raises:
         ConfigError: if the file cannot be read or breaks a rule. Each line must be `NAME slots=RANKS`, a comment or

@@ -70,10 +70,10 @@ class Stragglers:
             step_seconds: mean seconds per step.
 
         Returns:
-            Values for metrics.jsonl, and lines about the stragglers. For each of the two times, at most four lines name
-            one straggler each, and a further line gives the number of the others, if there are more than four. There
-            are three values for "data" and three for "work": the rank whose time exceeds the median of its stage by the
-            most seconds, that rank's seconds per step, and the median.
+            Values for metrics.jsonl, and lines about the stragglers. Each line names one straggler. There are at most
+            four such lines for "data", and at most four for "work". A fifth line gives the number of further
+            stragglers. The values are three for "data" and three for "work": the rank whose time exceeds the median of
+            its stage by the most seconds, that rank's seconds per step, and the median.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])

@@ -37,7 +37,7 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Applies each expert's LayerNorm to the expert's rows.
 
-    This function returns a launch function. `Prepared` calls the launch function, so a caller gets the results.
+    Because of the decorator `Prepared`, a call returns the results described below, not a function.
 
     Args:
         x_TD: rows, contiguous, in float32 or in the parameters' dtype.
@@ -80,7 +80,7 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
 
-    This function returns a launch function. `Prepared` calls the launch function, so a caller gets the results.
+    Because of the decorator `Prepared`, a call returns the results described below, not a function.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.

@@ -35,7 +35,7 @@ def forward(
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
-    This function returns a launch function. `Prepared` calls the launch function, so a caller gets the results.
+    Because of the decorator `Prepared`, a call returns the results described below, not a function.
 
     Args:
         residual_TD: residual stream, contiguous.
@@ -72,7 +72,7 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
 
-    This function returns a launch function. `Prepared` calls the launch function, so a caller gets the results.
+    Because of the decorator `Prepared`, a call returns the results described below, not a function.
 
     Args:
         dy_TD: gradient of y, contiguous.

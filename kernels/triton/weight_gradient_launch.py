@@ -45,8 +45,8 @@ def weight_gradient(
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    This function returns a launch function. `Prepared` calls the launch function, so a caller gets the results. Results
-    are deterministic for given numbers of rows, which determine the order of summation.
+    Because of the decorator `Prepared`, a call returns the results described below, not a function. Results are
+    deterministic for given numbers of rows, which determine the order of summation.
 
     Args:
         gradients: gradient of each layer's output, (T, OUT) each. The layers share their input; at most NUM_LAYERS

@@ -21,9 +21,9 @@ _MULTIPLE = 32  # pixels; the coarsest map has 1/32 of the sides
 class CropAugmentation:
     """Draws a square crop of an image and its label map at a random scale.
 
-    At scale factor 1, the shorter side of the image has the length of the crop's side. If the scaled image is smaller
-    than the crop, the crop is padded on the right and at the bottom with grey pixels without labels. Only the crop is
-    resized, not the whole image.
+    The scale defines the size of the crop before resizing: at scale factor 1, the crop's side is as long as the shorter
+    side of the image. Then only the crop is resized, not the whole image. Where the crop exceeds the image, it is
+    padded on the right and at the bottom with grey pixels without labels.
     """
 
     size: int
