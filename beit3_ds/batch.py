@@ -276,7 +276,10 @@ class PackedBatch(RowLayout):
         return [value for value in values if isinstance(value, Tensor)]
 
     def _with_derived_values(self, copy: "PackedBatch") -> "PackedBatch":
-        """Copies this batch's derived values to another batch with the same sequences, on that batch's device."""
+        """Copies this batch's derived values to `copy`, a batch with the same sequences, and returns `copy`.
+
+        The values are moved to the device of `copy`.
+        """
         device = copy.token_ids.device
         vars(copy).update(layout=self.layout)
         vars(copy).update({name: copy_to_device(getattr(self, name), device) for name in _DERIVED_TENSORS})

@@ -73,7 +73,7 @@ class ModelConfig:
     layout."""
     sub_layernorm: bool = False
     """Whether to add the inner LayerNorms and the initialization of Magneto (Wang et al., 2022, arXiv:2210.06423), as
-    the released models do. Off by default, because the paper mentions neither of them."""
+    the released models do. Off by default, because the BEiT-3 paper mentions neither of them."""
     initial_embedding_std: StandardDeviation = 0.02
     """Standard deviation of the initial embeddings (BEiT: 0.02). They are drawn from a normal distribution that is
     truncated at one standard deviation. With `sub_layernorm`, a small model trained from scratch learns much faster

@@ -33,8 +33,9 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     detected.
 
     A validation or test folder must not be inside a training folder, nor a training folder inside a validation or test
-    folder. No folder may be reachable through links from both a training folder and a validation or test folder. Two
-    sources may read different splits of the same folder.
+    folder. No folder may be reachable through links from both a training folder and a validation or test folder. One
+    exception: a training source and a validation or test source may use the same folder if both set
+    `SourceConfig.split`, to different values.
 
     Args:
         data: data section of the run's config.

@@ -2,13 +2,14 @@
 
     image_size                   patch positions are interpolated
     patch_size                   the patch projection kernel is resampled, and patch positions are interpolated
-    dense                        null to a section: the CLS and mask tokens are dropped
+    dense                        changed from null to a section: the CLS and mask tokens are dropped
                                  weights without relative positions: the model's tables start at zero
                                  model without relative positions: the stored tables are dropped
                                  other size of the windows or of the image: the tables are interpolated
     max_text_length              shorter: only the first positions are kept
                                  longer: new positions get initial values
-    layout                       shared to decoupled: vision and language each get a copy of the shared weights
+    layout                       changed from shared to decoupled: vision and language each get a copy of the
+                                 shared weights
     num_vision_language_layers   more: each new expert is a copy of its block's vision expert, because most rows
                                  of a pair are image rows
                                  fewer: the surplus experts are dropped
@@ -16,8 +17,8 @@
                                  true: the norm gets initial values if the weights have none
     inputs                       fewer: tensors that the remaining inputs do not need are not read
                                  more: the weights must contain the tensors that the added inputs need
-    tie_word_embeddings          true to false: the embeddings keep the word table, and the MLM head gets initial
-                                 values
+    tie_word_embeddings          changed from true to false: the embeddings keep the word table, and the MLM head
+                                 gets initial values
 
 All other settings that affect tensors must be equal in the two configurations.
 """

@@ -35,7 +35,7 @@ class DeviceMoves:
         self._start_next()
 
     def take(self, batch: PackedBatch) -> PackedBatch:
-        """Returns the micro-batch `batch` on the device, and starts copying the micro-batch after it.
+        """Returns the micro-batch `batch` on the device, and starts copying the next micro-batch.
 
         The order is that of the list passed to `announce`. If `batch` was not copied ahead, it is copied now, and no
         other copy starts. The host never waits for a copy; the device waits for the copy before using the micro-batch.

@@ -86,13 +86,11 @@ class Progress:
 
     @property
     def has_updates(self) -> bool:
-        """Returns whether at least one step since the last progress line was not skipped, so that there is a loss to
-        report.
-        """
+        """Returns whether there is a loss to report: any step after the last progress line that was not skipped."""
         return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:
-        """Adds a finished step. The time and the operations of a skipped step count, but its losses do not.
+        """Adds a finished step. If the step was skipped, its time and operations are added, but not its losses.
 
         Args:
             step_batch: this rank's samples of the step.

@@ -5,10 +5,10 @@ glibc needs a free block that is slightly larger, so a freed block does not fit 
 tensors that live long also split the free space between large tensors.
 
 So activations and gradients get their own address range. Activations are allocated from the lower end of this range,
-and are freed in the order of allocation or in reverse order. Weight gradients live until the optimizer's update. A
-weight gradient gets the highest free addresses below the highest address that any tensor has used or reserved. At the
-end of the backward pass, weight gradients reuse memory that activations have freed (BENCHMARKS.md). On a GPU, PyTorch's
-caching allocator does this work.
+and are freed in the order of allocation or in reverse order. Weight gradients live until the optimizer's update. Each
+is placed as high as possible, but below the highest address that has been used or reserved so far. At the end of the
+backward pass, weight gradients reuse memory that activations have freed (BENCHMARKS.md). On a GPU, PyTorch's caching
+allocator does this work.
 """
 
 import math

@@ -148,7 +148,11 @@ def prepare_rows(
 
 
 def for_experts(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Extends a list of one parameter per expert to NUM_EXPERTS parameters, by repeating the last parameter."""
+    """Repeats the last parameter of a list until the list has NUM_EXPERTS parameters.
+
+    Kernels always take NUM_EXPERTS parameters. The list has one parameter for each expert of the model, which may be
+    fewer.
+    """
     missing = NUM_EXPERTS - len(parameters)
     return [*parameters, *[parameters[-1]] * missing] if missing else parameters
 

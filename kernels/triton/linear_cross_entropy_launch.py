@@ -19,7 +19,7 @@ class LogitsTiling(NamedTuple):
     """Holds compile and launch settings of the two kernels of the cross entropy."""
 
     partials_block: int
-    """Logits of a row that `partials_kernel` reads per loop step."""
+    """Number of logits of one row that each loop step of `partials_kernel` reads."""
     gradient_block: int
     """Vocabulary columns per Triton program of `gradient_kernel`."""
     gradient_rows: int

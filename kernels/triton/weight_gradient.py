@@ -33,8 +33,8 @@ def _transposed_product(
 ):
     """Computes one tile of (factor * dy)[start:stop].T @ x[start:stop]. With SUMS, also sums factor * dy over rows.
 
-    The sums are computed as a product with a matrix of ones, so that dy does not pass through registers if there is no
-    factor. The matrix has 16 columns, so the sums are returned 16 times.
+    The sums are always computed as a product with a matrix of ones. Without a factor, dy then need not pass through
+    registers. The matrix has 16 columns, so the sums are returned 16 times.
     """
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, 16], tl.float32)

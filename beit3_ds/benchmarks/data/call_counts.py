@@ -105,9 +105,9 @@ def time_opening(num_shards: int) -> str:
 
 
 def _write_corpora(folder: Path) -> DataConfig:
-    """Writes a text corpus, and image-text pairs in three formats: tars, a folder, and COCO annotations.
+    """Writes the raw text of a corpus, and image-text pairs in three formats: tars, a folder, and COCO annotations.
 
-    Also writes the tar indices and the annotation table. `_count_texts` prepares the text corpus.
+    Also writes the tar indices and the annotation table. The raw text is tokenized later, by `_count_texts`.
     """
     (folder / "images").mkdir()
     annotations: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}

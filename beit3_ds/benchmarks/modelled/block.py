@@ -89,8 +89,9 @@ def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, g
         rates: assumed rates of kernels.
         shape: sizes of the block. If `shape.sub_layernorm` is False, no sub-LN is computed.
         width: input width of the projection.
-        gelu: whether the input is the output of GELU, as in the FFN. It affects only `OpTime.before`: in the old code,
-            the kernel of the up projection computed the statistics of the sub-LN after GELU.
+        gelu: whether the input is the output of GELU, as in the FFN. If True, `OpTime.before` does not include the
+            statistics of the sub-LN, because the kernel of the up projection computed them in the old code.
+            `OpTime.now` does not depend on this argument.
     """
     flops, stream = 2 * shape.rows * width * shape.hidden, shape.rows * shape.hidden * shape.stream_size
     joined = rates.pass_seconds(2 * stream + shape.rows * shape.hidden * _SIZE)

@@ -56,10 +56,10 @@ class LauncherProcess:
         self._watched_at = time.monotonic()
 
     def watch(self) -> None:
-        """Records the processes that the launcher's commands have started on this machine.
+        """Records the processes that the launcher's commands have started on this machine, at most once every five
+        seconds.
 
-        Calls less than five seconds after the last recording do not record again. Each call also appends the commands'
-        new output to the log.
+        Each call also appends the commands' new output to the log.
         """
         self._copy_output()
         if time.monotonic() - self._watched_at > _WATCH_SECONDS:

@@ -13,7 +13,7 @@ _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_@+=:,./-]")  # without %, which pdsh repla
 
 
 def is_plain_word(word: str) -> bool:
-    """Returns whether a word is not empty, and shells and pdsh leave all its characters unchanged."""
+    """Returns whether shells and pdsh leave all characters of a word unchanged; False for an empty word."""
     return word != "" and _NOT_PLAIN.search(word) is None
 
 

@@ -51,7 +51,7 @@ class Range:
     first: int
     last: int
     start: int
-    """Index in the stream of the source's first sample."""
+    """Index of the source's first sample, counted over all samples of the stream."""
 
     def __len__(self) -> int:
         """Returns the number of samples in the range."""
