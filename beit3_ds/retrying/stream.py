@@ -83,8 +83,8 @@ class RetryingStream(io.RawIOBase):
         of `data`.
 
         Drops `data` in three cases. First, the reader of a pipe has ended. Second, earlier bytes were dropped, and the
-        stream does not yet contain the line that counts them. Third, earlier bytes are unwritten, and together with
-        `data` they exceed the limit.
+        notice with their number has not been written yet. Third, earlier bytes are unwritten, and together with `data`
+        they exceed the limit.
         """
         content = bytes(data)
         with self._lock:
