@@ -194,7 +194,8 @@ def open_images(source: SourceConfig, cache_dir: str | None, files: OpenFiles | 
     Args:
         source: config of the source.
         cache_dir: folder of the tar indices and annotation tables from `beit3 prepare index`. Tars without an index are
-            scanned; annotation files without a table are parsed. None scans or parses all files.
+            scanned, and annotation files without a table are parsed. If there is no folder (None), all tars are scanned
+            and all annotation files are parsed.
         files: cache of open files; all sources of a process should share it.
 
     Raises:

@@ -33,8 +33,8 @@ def _transposed_product(
 ):
     """Computes one tile of (factor * dy)[start:stop].T @ x[start:stop]. With SUMS, also sums factor * dy over rows.
 
-    The sums are always computed as a product with a matrix of ones. Without a factor, dy then need not pass through
-    registers. The matrix has 16 columns, so the sums are returned 16 times.
+    The sums are computed as a product with a matrix of ones, (rows, 16), so they are returned 16 times. A product can
+    read dy without loading dy into registers, unless dy is multiplied by a factor first.
     """
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, 16], tl.float32)

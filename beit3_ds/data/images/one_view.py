@@ -39,7 +39,9 @@ class ImageTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length of a decoded image's shorter side in pixels; None requires the full size."""
+        """Returns how small an image may be decoded: the minimum length of its shorter side in pixels. None requires
+        the full size.
+        """
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Converts an RGB image to a model input; takes all random numbers from `rng`."""
