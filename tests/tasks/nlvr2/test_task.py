@@ -104,4 +104,3 @@ def test_the_memory_limit_of_prefetching_counts_both_images(write_config: WriteC
     assert num_bytes < dataset.prefetch.step_bytes < 1.2 * num_bytes
     node = host_requirements(config, 1, 1)
     assert node.images_per_step == node.records_per_step == 2 * 8
-    assert node.shm == dataset.prefetch.num_bytes
