@@ -1,9 +1,13 @@
 """Computes how many steps a rank's data workers may prepare ahead within a limit on shared memory."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from beit3_ds.config.run import RunConfig
 from beit3_ds.config.strict import ConfigError
+
+ImageViews = Literal["both", "model", "tokenizer", "neither"]
+"""Resized copies of an image that a rank needs: one for the model, one for the visual tokenizer, both, or neither."""
 
 _GIB = 1 << 30
 _CHANNELS, _ID_BYTES = 3, 8  # ids are sent as int64
@@ -30,14 +34,14 @@ class PrefetchPlan:
 
 
 def plan_prefetch(
-    config: RunConfig, data_parallel_size: int, views: str = "both", *, pairs_per_sample: int = 1
+    config: RunConfig, data_parallel_size: int, views: ImageViews = "both", *, pairs_per_sample: int = 1
 ) -> PrefetchPlan:
     """Computes the numbers of data workers and prefetched steps per rank within the limit `data.prefetch_gib`.
 
     Args:
         config: the run's configuration.
         data_parallel_size: number of data-parallel ranks, which divide each step.
-        views: which resized copies of each image the rank needs: "model", "tokenizer" or "both".
+        views: which resized copies of each image the rank needs.
         pairs_per_sample: number of image-text pairs per sample of `data.pairs`; 2 for NLVR2.
 
     Raises:
@@ -58,7 +62,9 @@ def plan_prefetch(
     return PrefetchPlan(step_bytes=num_bytes, num_workers=num_workers, steps_per_worker=num_steps // num_workers)
 
 
-def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both", *, pairs_per_sample: int = 1) -> int:
+def step_bytes(
+    config: RunConfig, data_parallel_size: int, views: ImageViews = "both", *, pairs_per_sample: int = 1
+) -> int:
     """Returns the modelled size, in bytes, of one prepared step of data-parallel rank 0.
 
     Does not count the label maps and masks of dense tasks. They usually take less than a tenth as many bytes as the
@@ -67,7 +73,7 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both", 
     Args:
         config: the run's configuration.
         data_parallel_size: number of data-parallel ranks, which divide each step.
-        views: which resized copies of each image the rank needs: "model", "tokenizer" or "both".
+        views: which resized copies of each image the rank needs.
         pairs_per_sample: number of image-text pairs per sample of `data.pairs`; 2 for NLVR2.
     """
     images, pairs, texts = config.step_shares(data_parallel_size).rank_samples(0)
@@ -81,12 +87,12 @@ def step_bytes(config: RunConfig, data_parallel_size: int, views: str = "both", 
     return int((images + pairs) * per_image + tokens * _ID_BYTES + draws) + 1
 
 
-def image_bytes(config: RunConfig, views: str = "both") -> int:
+def image_bytes(config: RunConfig, views: ImageViews = "both") -> int:
     """Returns the total size, in bytes, of the resized copies of an image.
 
     Args:
         config: the run's configuration.
-        views: which resized copies to count: "model", "tokenizer" or "both".
+        views: which resized copies to count.
     """
     pixel_bytes = 1 if config.task.name in _TASKS_OF_BYTES else 4
     sizes = {"tokenizer": config.tokenizers.visual.image_size}

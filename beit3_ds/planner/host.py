@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from beit3_ds.config import ConfigError, RunConfig
-from beit3_ds.config.prefetch import PrefetchPlan, image_bytes, plan_prefetch, step_bytes
+from beit3_ds.config.prefetch import ImageViews, image_bytes, plan_prefetch, step_bytes
 from beit3_ds.planner.memory import Memory, rank_memory
 from beit3_ds.planner.model_state import ModelState, model_state
 from beit3_ds.planner.rank_model import build_rank_model
 from beit3_ds.planner.workload import expected_workloads
-from beit3_ds.tasks import build_task
+from beit3_ds.tasks import Task, build_task
 
 _GIB = 1 << 30
 _RANK_BYTES = int(0.6 * _GIB)  # 0.54 measured on a CPU after all imports; does not include a CUDA context
@@ -75,14 +75,13 @@ def host_requirements(config: RunConfig, world_size: int, ranks_per_node: int) -
     Raises:
         ConfigError: if the parallel sizes do not divide the ranks, or a step exceeds `data.prefetch_gib`.
     """
+    task = build_task(config)
     state_bytes = {
         stage: _state_bytes(config, world_size, stage) for stage in range(config.parallel.pipeline_parallel_size)
     }
     nodes = [range(first, min(first + ranks_per_node, world_size)) for first in range(0, world_size, ranks_per_node)]
-    kinds = {tuple(_kind(config, rank, world_size) for rank in node): None for node in nodes}
-    return max(
-        (_node_requirements(config, world_size, node, state_bytes) for node in kinds), key=lambda one: one.memory
-    )
+    kinds = {tuple(_kind(task, rank, world_size) for rank in node): None for node in nodes}
+    return max((_node_requirements(task, world_size, node, state_bytes) for node in kinds), key=lambda one: one.memory)
 
 
 def check_node(requirements: HostRequirements, config: RunConfig, size: NodeSize) -> None:
@@ -150,24 +149,25 @@ class _Kind(NamedTuple):
     """Identifies ranks that need equal host memory: they have the same `stage` and the same `views`."""
 
     stage: int
-    views: str
-    """Which resized copies of each image the rank needs: "model", "tokenizer" or "both"; empty if the rank reads no
-    data."""
+    views: ImageViews | None
+    """Which resized copies of each image the rank needs; None if the rank reads no data."""
 
 
-def _kind(config: RunConfig, rank: int, world_size: int) -> _Kind:
-    coords, last = config.parallel.rank_coords(rank, world_size), config.parallel.pipeline_parallel_size - 1
-    if coords.tensor or coords.pipeline not in (0, last):
-        return _Kind(coords.pipeline, "")
-    return _Kind(coords.pipeline, "both" if last == 0 else "model" if coords.pipeline == 0 else "tokenizer")
+def _kind(task: Task, rank: int, world_size: int) -> _Kind:
+    parallel = task.config.parallel
+    coords, last = parallel.rank_coords(rank, world_size), parallel.pipeline_parallel_size - 1
+    stage = coords.pipeline
+    if coords.tensor or stage not in (0, last):
+        return _Kind(stage, None)
+    return _Kind(stage, task.image_views(embeds=stage == 0, predicts=stage == last))
 
 
 def _node_requirements(
-    config: RunConfig, world_size: int, node: tuple[_Kind, ...], state_bytes: dict[int, tuple[int, int, int]]
+    task: Task, world_size: int, node: tuple[_Kind, ...], state_bytes: dict[int, tuple[int, int, int]]
 ) -> HostRequirements:
+    config, pairs_per_sample = task.config, task.pairs_per_sample
     data_parallel_size = config.parallel.data_parallel_size(world_size)
-    readers = [kind.views for kind in node if kind.views]
-    pairs_per_sample = build_task(config).pairs_per_sample
+    readers = [kind.views for kind in node if kind.views is not None]
     plans = {
         views: plan_prefetch(config, data_parallel_size, views, pairs_per_sample=pairs_per_sample)
         for views in set(readers)
@@ -175,11 +175,12 @@ def _node_requirements(
     samples = config.step_shares(data_parallel_size).rank_samples(0)
     images = len(readers) * (samples.images + samples.pairs * pairs_per_sample)
     state, offloaded, pinned = (sum(state_bytes[kind.stage][part] for kind in node) for part in range(3))
+    worker_bytes = _WORKER_BYTES + _unpacked_bytes(task, data_parallel_size)
     return HostRequirements(
         shm=sum(plans[views].num_bytes for views in readers),
         ranks=len(node) * _RANK_BYTES,
-        workers=sum(_worker_bytes(config, data_parallel_size, plans[views], pairs_per_sample) for views in readers),
-        validation=sum(_validation_bytes(config, data_parallel_size, views) for views in readers),
+        workers=sum(plans[views].num_workers * (plans[views].step_bytes + worker_bytes) for views in readers),
+        validation=sum(_validation_bytes(task, data_parallel_size, views) for views in readers),
         checkpoint=state,
         offloaded=offloaded,
         pinned=pinned,
@@ -189,17 +190,24 @@ def _node_requirements(
     )
 
 
-def _worker_bytes(config: RunConfig, data_parallel_size: int, plan: PrefetchPlan, pairs_per_sample: int) -> int:
-    """Returns the modelled bytes of one rank's data workers. Each worker holds libraries, one packed step, and the
-    samples of one micro-batch before packing.
-    """
-    both = step_bytes(config, data_parallel_size, "both", pairs_per_sample=pairs_per_sample)
-    return plan.num_workers * (_WORKER_BYTES + plan.step_bytes + both // config.gradient_accumulation_steps)
+def _unpacked_bytes(task: Task, data_parallel_size: int) -> int:
+    """Returns the modelled bytes of one micro-batch's samples in a data worker, before packing drops any image."""
+    config, views = task.config, task.image_views(embeds=True, predicts=True)
+    num_bytes = step_bytes(config, data_parallel_size, views, pairs_per_sample=task.pairs_per_sample)
+    return num_bytes // config.gradient_accumulation_steps
 
 
-def _validation_bytes(config: RunConfig, data_parallel_size: int, views: str) -> int:
-    streams = [config.data.images, config.data.pairs]
-    images = sum(-(-config.training.loss_samples // data_parallel_size) for stream in streams if stream.validation)
+def _validation_bytes(task: Task, data_parallel_size: int, views: ImageViews) -> int:
+    """Returns the bytes of the images that a rank keeps for the validation loss."""
+    config = task.config
+    if not task.has_validation_loss:
+        return 0
+    images_per_sample = [(config.data.images, 1), (config.data.pairs, task.pairs_per_sample)]
+    images = sum(
+        -(-config.training.loss_samples // data_parallel_size) * images
+        for stream, images in images_per_sample
+        if stream.validation
+    )
     return images * image_bytes(config, views)
 
 

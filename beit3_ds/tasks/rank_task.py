@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig
 from beit3_ds.config.data import Split
-from beit3_ds.config.prefetch import plan_prefetch
+from beit3_ds.config.prefetch import ImageViews, plan_prefetch
 from beit3_ds.data import EvaluationBatches, StepDataset, ValidationBatches, build_validation_batches
 from beit3_ds.data.packing import Pack
 from beit3_ds.data.samples import SourceSamples, Stream, name_sources
@@ -42,6 +42,17 @@ class RankShare:
     def is_main(self) -> bool:
         """Returns whether the rank is the main rank (`Mesh.is_main`), which writes the run's files."""
         return self.reads and self.embeds and self.data_parallel_rank == 0
+
+
+class SampledTask(Protocol):
+    """Describes a task's samples for `RankTask.open`; `Task` implements this protocol."""
+
+    config: RunConfig
+    has_validation_loss: ClassVar[bool]
+    pairs_per_sample: ClassVar[int]
+
+    def image_views(self, *, embeds: bool, predicts: bool) -> ImageViews:
+        """Returns which resized copies of each image a rank needs."""
 
 
 class Evaluator(Protocol):
@@ -119,31 +130,24 @@ class RankTask:
     @classmethod
     def open(
         cls,
-        config: RunConfig,
+        task: SampledTask,
         share: RankShare,
         build_streams: Callable[[Split], Mapping[str, Stream]],
         pack: Pack,
-        views: str = "model",
-        validation_loss: bool = True,
-        pairs_per_sample: int = 1,
         **fields: Any,
     ) -> Self:
         """Opens the samples of the splits in `share`; opens none on a rank that does not read samples.
 
-        The main rank prints a warning for each pair of splits with common images.
+        With `Task.has_validation_loss`, the samples of splits other than "train" stay in memory: at most
+        `TrainingConfig.loss_samples` samples per kind. The main rank prints a warning for each pair of splits with
+        common images.
 
         Args:
-            config: the run's configuration.
+            task: the task.
             share: describes the samples that the rank reads.
             build_streams: opens the samples of a split, by kind ("images", "pairs" or "texts"). The order of the
                 returned kinds is the order of their samples in a batch.
             pack: packs prepared samples into a micro-batch.
-            views: which resized copies of each image a sample has, for the memory limit of prefetching: "model",
-                "tokenizer" or "both".
-            validation_loss: whether splits other than "train" are opened for the mean of each loss term. If True, at
-                most `TrainingConfig.loss_samples` samples per kind are opened, and stay in memory. If False, all
-                samples of a split are opened, for `evaluate`.
-            pairs_per_sample: `Task.pairs_per_sample`, for the memory limit of prefetching.
             fields: values of further fields of the class.
 
         Raises:
@@ -152,6 +156,7 @@ class RankTask:
         """
         if not share.reads:
             return cls(**fields)
+        config = task.config
         check_validation_apart(config.data)
         rank, size = share.data_parallel_rank, share.data_parallel_size
         dataset, validation = None, None
@@ -163,9 +168,10 @@ class RankTask:
             sources |= name_sources(split, streams, config.data)
             samples[split] = [source for stream in streams.values() for source in stream.sources]
             if split == "train":
-                prefetch = plan_prefetch(config, size, views, pairs_per_sample=pairs_per_sample)
+                views = task.image_views(embeds=share.embeds, predicts=share.predicts)
+                prefetch = plan_prefetch(config, size, views, pairs_per_sample=task.pairs_per_sample)
                 dataset = StepDataset(config, streams, pack, rank, size, prefetch)
-            elif validation_loss:
+            elif task.has_validation_loss:
                 validation = build_validation_batches(config, streams, pack, rank, size)
             else:
                 evaluation[split] = EvaluationBatches(config, streams, pack, rank, size)

@@ -23,7 +23,7 @@ For further needs, a task uses the following:
     pairs whose image and text are separate inputs  `Task.inputs` names the kinds of input in batches
     files of its own                                `Task.formats`; `build_streams` opens the sources of these formats
     metrics that are means                          a term of weight 0, whose sum and count merge exactly over ranks
-    metrics over all samples of a split             `RankTask.open(validation_loss=False)` and `RankTask.evaluate`
+    metrics over all samples of a split             `Task.has_validation_loss = False` and `RankTask.evaluate`
     other learning rates, frozen parts, an EMA      `training/optimizer.py`, by parameter names from the task
     terms that compare the samples of a whole step  `Task.step_loss`; the head returns `StepFeatures`
 """
@@ -38,6 +38,7 @@ from typing import Any, ClassVar, NamedTuple
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import INPUT_KINDS, ConfigError, InputKind, ModelConfig, RunConfig
 from beit3_ds.config.data import IMAGE_FORMATS, Split
+from beit3_ds.config.prefetch import ImageViews
 from beit3_ds.model import Head, StageModel, StepLoss, TaskModel
 from beit3_ds.model.flops import layer_flops, work_of
 from beit3_ds.parallel import TensorParallel
@@ -96,6 +97,9 @@ class Task(ABC):
     layout_fault: ClassVar[str] = ""
     """Reason why the task supports data parallelism only; empty if tensor and pipeline parallelism are supported too.
     """
+    has_validation_loss: ClassVar[bool] = True
+    """Whether a run computes the mean of each loss term over a few validation samples. If False, `RankTask.evaluate`
+    computes metrics over all samples of a split instead."""
     pairs_per_sample: ClassVar[int] = 1
     """Number of image-text pairs per sample of `data.pairs`, for estimates of memory and traffic."""
     causal_captions: ClassVar[bool] = False
@@ -149,6 +153,17 @@ class Task(ABC):
         """
         streams = self.config.data.streams()
         return tuple(kind for kind in INPUT_KINDS if streams[kind].is_used)
+
+    def image_views(self, *, embeds: bool, predicts: bool) -> ImageViews:
+        """Returns which resized copies of each image a rank needs.
+
+        By default, only ranks of the first pipeline stage need a copy, at the model's image size.
+
+        Args:
+            embeds: whether the rank needs the model's inputs (`RankShare.embeds`).
+            predicts: whether the rank needs targets (`RankShare.predicts`).
+        """
+        return "model" if embeds else "neither"
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's name and settings, including defaults, for storing in checkpoints."""

@@ -17,6 +17,9 @@ from torch import Tensor
 from beit3_ds.checkpoint.folder import CheckpointFolder, checkpoint_name
 from beit3_ds.checkpoint.slices import whole_slice
 from beit3_ds.config import load_run_config
+from beit3_ds.planner import host_requirements
+from beit3_ds.tasks import build_task
+from beit3_ds.train import share_of
 from beit3_ds.training.metrics_log import MetricsLog
 from tests.ranks import run_ranks
 from tests.run_config import small_run_mapping
@@ -229,6 +232,30 @@ def check_resumes_bit_for_bit(
         names = ("loss", "grad_norm") if kind == "train" else figures(one_process, kind)[0]
         picked = [[{n: record[n] for n in names} for record in figures(run, kind)] for run in (folder, one_process)]
         assert picked[0] == picked[1] and len(picked[0]) >= 3
+
+
+def check_planned_shared_memory(write_config: WriteConfig, folder: Path) -> None:
+    """Checks that the planner counts the shared memory that all ranks together may fill, and little more than that.
+
+    The layout has two pipeline stages. The second stage reads samples, but drops their images.
+    """
+    config_file = write_config(folder, COVERING["ZeRO-1, pipeline 2, 4 micro-batches"])
+    mapping = json.loads(config_file.read_text())
+    mapping["beit3_ds"]["data"] |= {"num_workers": 2, "prefetch_steps": 1}
+    config = load_run_config(str(write_json(folder, mapping)))
+    (folder / "run").mkdir()  # the trainer makes the output folder before it opens the task
+    shared, step_bytes, pixel_bytes = 0, 0, 0
+    for rank in range(2):
+        share = share_of(config.parallel.rank_coords(rank, 2), config.parallel, data_parallel_size=1)
+        dataset = build_task(config).open(share).dataset
+        assert dataset is not None
+        shared += dataset.prefetch.num_bytes
+        step_bytes += dataset.prefetch.step_bytes
+        pixel_bytes += sum(batch.pixels.nbytes for batch in dataset[0].micro_batches if batch.pixels is not None)
+    node = host_requirements(config, 2, 2)
+    assert node.shm == shared
+    assert not node.validation, "metrics are computed over samples that are not kept"
+    assert pixel_bytes < step_bytes < 1.3 * pixel_bytes  # catches images of the second stage, or of the tokenizer
 
 
 def evaluate(arguments: Sequence[str]) -> int:

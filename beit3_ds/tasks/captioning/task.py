@@ -102,6 +102,7 @@ class Captioning(Task):
     settings: CaptioningConfig
     predicts_words: ClassVar[bool] = True
     causal_captions: ClassVar[bool] = True
+    has_validation_loss: ClassVar[bool] = False
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": (*IMAGE_FORMATS, *CAPTION_FORMATS)}
     headline: ClassVar[Headline] = Headline("word_accuracy")
     terms = (
@@ -160,11 +161,10 @@ class Captioning(Task):
         tokenizer = load_text_tokenizer(config)
         assert tokenizer is not None, "captions need a text tokenizer"
         return CaptioningRankTask.open(
-            config,
+            self,
             share,
             functools.partial(build_stream, config, tokenizer, self.settings.mask_ratio),
             functools.partial(pack, model=config.model, embeds=share.embeds),
-            validation_loss=False,
             files={"tokenizers.text.path": config.tokenizers.text.path},
             settings=self.settings,
             best_tokens_loss=self._best_tokens_loss,

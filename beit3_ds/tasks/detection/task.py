@@ -72,6 +72,7 @@ class Detection(Task):
 
     Settings = DetectionConfig
     settings: DetectionConfig
+    has_validation_loss: ClassVar[bool] = False
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": (OBJECTS_FORMAT,)}
     headline: ClassVar[Headline] = Headline("box_AP")
 
@@ -161,7 +162,7 @@ class Detection(Task):
             return {"images": build_stream(config, settings, sources, split)} if sources else {}
 
         return DetectionRankTask.open(
-            config,
+            self,
             share,
             build_streams,
             functools.partial(
@@ -170,7 +171,6 @@ class Detection(Task):
                 num_terms=len(self.terms),
                 embeds=share.embeds,
             ),
-            validation_loss=False,
             settings=settings,
             names=() if self._categories is None else self._categories.names,
         )

@@ -28,17 +28,26 @@ class LinearClassHead(Head):
     replicated on all tensor-parallel ranks, which compute equal logits.
     """
 
-    def __init__(self, config: ModelConfig, num_classes: int, tensor: TensorParallel | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int,
+        tensor: TensorParallel | None = None,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> None:
         """Builds the head with uninitialised parameters.
 
         Args:
             config: the model's configuration.
             num_classes: number of classes.
             tensor: the tensor-parallel group; unused, because the parameters are replicated.
+            label_smoothing: share of the target probability that is spread evenly over all classes.
         """
         super().__init__()
         self.pooled_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.classes = nn.Linear(config.hidden_size, num_classes)
+        self.label_smoothing = label_smoothing
 
     def forward(self, h_MD: Tensor, batch: PackedBatch, with_loss: bool) -> Any:
         """Returns two terms summed over images, (2,) float32, or the class logits, (images, classes) float32.
@@ -56,7 +65,7 @@ class LinearClassHead(Head):
         if not with_loss:
             return logits_IC
         classes_I = batch.targets[CLASSES]
-        loss = F.cross_entropy(logits_IC, classes_I, reduction="sum")
+        loss = F.cross_entropy(logits_IC, classes_I, reduction="sum", label_smoothing=self.label_smoothing)
         return torch.stack([loss, (logits_IC.argmax(1) == classes_I).sum().float()])
 
 

@@ -74,6 +74,7 @@ class Imagenet(Task):
 
     Settings = ImagenetConfig
     settings: ImagenetConfig
+    has_validation_loss: ClassVar[bool] = False
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "texts": (CLASS_NAMES,)}
     headline = Headline("accuracy")
     terms = (
@@ -133,7 +134,8 @@ class Imagenet(Task):
     def build_head(self, model: ModelConfig, tensor: TensorParallel) -> Head:
         """Builds the contrastive head or the linear head, with uninitialised parameters."""
         if self.settings.head == "linear":
-            return LinearClassHead(model, self.settings.num_classes, tensor)
+            settings = self.settings
+            return LinearClassHead(model, settings.num_classes, tensor, label_smoothing=settings.label_smoothing)
         return ContrastiveHead(model, tensor)
 
     @property
@@ -157,11 +159,10 @@ class Imagenet(Task):
         batches = (packing(texts[i : i + size], None, {}, embeds=True) for i in range(0, len(texts), size))
         nothing = packing([], None, {}, embeds=True)
         return ImagenetRankTask.open(
-            config,
+            self,
             share,
             functools.partial(build_streams, config, self.settings, classes, texts),
             functools.partial(packing, embeds=share.embeds),
-            validation_loss=False,
             files={"tokenizers.text.path": config.tokenizers.text.path if texts else None},
             classes=classes,
             texts=texts,

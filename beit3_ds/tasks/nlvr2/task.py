@@ -105,6 +105,7 @@ def _statements(samples: SourceSamples) -> Statements:
 class StatementTask(Task):
     """Defines NLVR2: the model decides whether a statement about two images is true (paper section 3.1)."""
 
+    has_validation_loss: ClassVar[bool] = False
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": FORMATS}
     headline: ClassVar[Headline] = Headline("accuracy")
     pairs_per_sample: ClassVar[int] = 2
@@ -127,12 +128,10 @@ class StatementTask(Task):
         tokenizer = load_text_tokenizer(config)
         assert tokenizer is not None, "statements are pairs, which need a text tokenizer"
         return StatementRankTask.open(
-            config,
+            self,
             share,
             functools.partial(build_stream, config, tokenizer),
             functools.partial(pack, model=config.model, embeds=share.embeds),
-            validation_loss=False,
-            pairs_per_sample=self.pairs_per_sample,
             files={"tokenizers.text.path": config.tokenizers.text.path},
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +11,10 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import RunConfig
+from beit3_ds.config.prefetch import ImageViews
 from beit3_ds.data.images.augmentation import Views
 from beit3_ds.data.packing import concatenate, pack_inputs, stack_colors, stack_views
 from beit3_ds.tasks.pretraining.targets import with_masks
-
-ImageViews = Literal["both", "model", "tokenizer"]
-"""Views of an image that a rank needs: "model" for the model's input on the first pipeline stage, "tokenizer" for the
-visual tokenizer on the last stage, and "both" on a rank with both stages."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

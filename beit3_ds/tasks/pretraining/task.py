@@ -10,13 +10,14 @@ import torch
 
 from beit3_ds.batch import PackedBatch
 from beit3_ds.config import ConfigError, ModelConfig, RunConfig
+from beit3_ds.config.prefetch import ImageViews
 from beit3_ds.parallel import Mesh, TensorParallel
 from beit3_ds.retrying.folder import ResultFolder
 from beit3_ds.tasks.pretraining.baselines import TERM_STREAMS, unigram_entropies
 from beit3_ds.tasks.pretraining.config import PretrainingConfig
 from beit3_ds.tasks.pretraining.encoding import CodeEncoder
 from beit3_ds.tasks.pretraining.heads import MaskedModelingHeads, head_flops
-from beit3_ds.tasks.pretraining.packing import ImageViews, image_shape, pack
+from beit3_ds.tasks.pretraining.packing import image_shape, pack
 from beit3_ds.tasks.pretraining.predictions import write_predictions
 from beit3_ds.tasks.pretraining.samples import build_streams
 from beit3_ds.tasks.pretraining.targets import prepare_batch
@@ -137,6 +138,12 @@ class Pretraining(Task):
         patches = (images + pairs) * num_patches * ratios.image_mask_ratio
         return 3 * self.head_flops((patches, masked_tokens, 0, 0)) + self._tokenizer_flops()
 
+    def image_views(self, *, embeds: bool, predicts: bool) -> ImageViews:
+        """Returns which resized copies of each image a rank needs. The visual tokenizer's copy is for the targets."""
+        if not predicts:
+            return "model"
+        return "both" if embeds else "tokenizer"
+
     def open(self, share: RankShare) -> PretrainingRankTask:
         """Opens the tokenizers and the samples that a rank reads.
 
@@ -150,12 +157,12 @@ class Pretraining(Task):
             visual_tokenizer = load_visual_tokenizer(config.tokenizers.visual.path)
             check_visual_tokenizer_fits(visual_tokenizer, config)
             encoder = CodeEncoder(visual_tokenizer, getattr(torch, config.tokenizers.visual.encoding_dtype))
+        views = self.image_views(embeds=share.embeds, predicts=share.predicts)
         return PretrainingRankTask.open(
-            config,
+            self,
             share,
             functools.partial(build_streams, config, text_tokenizer),
-            functools.partial(pack, shape=image_shape(config), views=views_of(share)),
-            views_of(share),
+            functools.partial(pack, shape=image_shape(config), views=views),
             files={
                 "tokenizers.text.path": config.tokenizers.text.path if config.data.has_texts else None,
                 "tokenizers.visual.path": config.tokenizers.visual.path if config.data.has_images else None,
@@ -205,10 +212,3 @@ def _check_visual_tokenizer(config: RunConfig) -> None:
             f"model.visual_vocab_size={model.visual_vocab_size} must equal tokenizers.visual.codebook_size="
             f"{visual.codebook_size}."
         )
-
-
-def views_of(share: RankShare) -> ImageViews:
-    """Returns which resized copies of an image a rank needs: "model", "tokenizer" or "both" (`ImageViews`)."""
-    if not share.predicts:
-        return "model"
-    return "both" if share.embeds else "tokenizer"

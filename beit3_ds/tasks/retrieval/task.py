@@ -75,6 +75,7 @@ class Retrieval(Task):
 
     Settings = RetrievalConfig
     settings: RetrievalConfig
+    has_validation_loss: ClassVar[bool] = False
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": (*IMAGE_FORMATS, *CAPTION_FORMATS)}
     headline = Headline("mean_recall")
 
@@ -126,11 +127,10 @@ class Retrieval(Task):
             return {"pairs": build_stream(config, opened[split], tokenizer, split)}
 
         return RetrievalRankTask.open(
-            config,
+            self,
             share,
             build_streams,
             functools.partial(pack, model=config.model, embeds=share.embeds),
-            validation_loss=False,
             files={"tokenizers.text.path": config.tokenizers.text.path},
             shown_queries=self.settings.shown_queries,
         )

@@ -89,6 +89,7 @@ class Segmentation(Task):
 
     Settings = SegmentationConfig
     settings: SegmentationConfig
+    has_validation_loss: ClassVar[bool] = False
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": FORMATS}
     headline: ClassVar[Headline] = Headline("mIoU")
 
@@ -167,12 +168,10 @@ class Segmentation(Task):
         adapter = settings.adapter
         num_extractors = 0 if adapter is None else adapter.num_interactions + adapter.num_extra_extractors
         return SegmentationRankTask.open(
-            config,
+            self,
             share,
             functools.partial(build_streams, config, settings, num_extractors),
             functools.partial(pack, model=config.model, num_queries=settings.decoder.num_queries),
-            "model",
-            validation_loss=False,
             files={"task.class_names": find_names_file(config, settings.class_names) or None},
             windows=SlidingWindows(settings, config.model.image_size),
             patch_size=config.model.patch_size,

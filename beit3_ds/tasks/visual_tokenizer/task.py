@@ -12,6 +12,7 @@ from torch import Tensor
 
 from beit3_ds.batch import PackedBatch, StepBatch
 from beit3_ds.config import ConfigError, RunConfig
+from beit3_ds.config.prefetch import ImageViews
 from beit3_ds.model import Head, StageModel
 from beit3_ds.parallel import Mesh
 from beit3_ds.pixels import to_floats
@@ -223,6 +224,10 @@ class VisualTokenizerTask(Task):
             f"{visual.grid_size} x {visual.grid_size} patches, {visual.codebook_size} codes of {visual.codebook_dim}"
         )
 
+    def image_views(self, *, embeds: bool, predicts: bool) -> ImageViews:
+        """Returns "tokenizer": images have the visual tokenizer's size."""
+        return "tokenizer"
+
     def open(self, share: RankShare) -> TokenizerRankTask:
         """Opens the teacher and the images that a rank reads, and checks that the tokenizer's file can be written.
 
@@ -233,11 +238,10 @@ class VisualTokenizerTask(Task):
         check_can_be_written(_SECTION, visual.path)
         _check_no_old_training(visual.path)
         return TokenizerRankTask.open(
-            config,
+            self,
             share,
             functools.partial(build_streams, config),
             functools.partial(pack, visual=visual),
-            "tokenizer",
             files={"task.teacher_weights": self.settings.teacher_weights},
             run_config=config,
             continuous_steps=self.settings.continuous_steps,

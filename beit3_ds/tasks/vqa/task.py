@@ -57,6 +57,7 @@ class Vqa(Task):
 
     Settings = VqaConfig
     settings: VqaConfig
+    has_validation_loss: ClassVar[bool] = False
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"pairs": FORMATS}
     headline: ClassVar[Headline] = Headline("accuracy")
 
@@ -123,7 +124,7 @@ class Vqa(Task):
             return {"pairs": build_stream(config, questions, vocabulary, tokenizer, split)} if questions else {}
 
         return VqaRankTask.open(
-            config,
+            self,
             share,
             build_streams,
             functools.partial(
@@ -133,8 +134,6 @@ class Vqa(Task):
                 embeds=share.embeds,
                 predicts=share.predicts,
             ),
-            "model",
-            validation_loss=False,
             files=files,
             settings=self.settings,
             vocabulary=vocabulary,

@@ -14,8 +14,8 @@ CONFIG = small_model_config()
 D, N = CONFIG.hidden_size, CONFIG.num_patches
 
 
-def build_head() -> LinearClassHead:
-    head = LinearClassHead(CONFIG, 7)
+def build_head(label_smoothing: float = 0.0) -> LinearClassHead:
+    head = LinearClassHead(CONFIG, 7, label_smoothing=label_smoothing)
     initialize_parameters(head, CONFIG, seed=0)
     return head
 
@@ -36,6 +36,16 @@ def test_sums_over_images() -> None:
     loss, correct = head(x_TD[batch.head_rows], batch, True)
     torch.testing.assert_close(loss, F.cross_entropy(logits, batch.targets[CLASSES], reduction="sum"))
     assert correct == (logits.argmax(1) == batch.targets[CLASSES]).sum()
+
+
+def test_labels_are_smoothed_over_all_classes() -> None:
+    head, batch = build_head(0.2), batch_of([3, 0])
+    x_TD = torch.randn(len(batch.head_rows), D)
+    log_probabilities = head(x_TD, batch, False).log_softmax(1)
+    target = torch.full((2, 7), 0.2 / 7)
+    target[0, 3] += 0.8
+    target[1, 0] += 0.8
+    torch.testing.assert_close(head(x_TD, batch, True)[0], -(target * log_probabilities).sum())
 
 
 def test_no_images_give_zeros() -> None:

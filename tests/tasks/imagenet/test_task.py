@@ -18,6 +18,7 @@ from tests.tasks.fine_tuning import (
     WriteConfig,
     check_layout_trains_the_same,
     check_metrics_do_not_depend_on_ranks,
+    check_planned_shared_memory,
     check_resumes_bit_for_bit,
     figures,
     run_mapping,
@@ -84,6 +85,10 @@ def test_resumes_bit_for_bit(write_config: WriteConfig, one_process: Path, tmp_p
     check_resumes_bit_for_bit(write_config, one_process, tmp_path / "resumed")
 
 
+def test_the_planner_counts_the_images_of_prefetched_steps(write_config: WriteConfig, tmp_path: Path) -> None:
+    check_planned_shared_memory(write_config, tmp_path)
+
+
 def test_metrics_do_not_depend_on_ranks(write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
     metrics = check_metrics_do_not_depend_on_ranks(write_config, one_process, tmp_path)
     assert metrics["images"] == 11 and metrics["accuracy"] == figures(one_process, "validation")[-1]["accuracy"]
@@ -122,6 +127,13 @@ def test_a_linear_layer_trains(scenes: Path, tmp_path: Path) -> None:
         return write_json(folder, linear_mapping(scenes, folder))
 
     assert figures(train_layout(write, tmp_path / "run"), "validation")[-1]["images"] == 11
+
+
+def test_the_linear_layer_gets_the_smoothing_of_the_settings(scenes: Path, tmp_path: Path) -> None:
+    mapping = linear_mapping(scenes, tmp_path)
+    mapping["beit3_ds"]["task"]["label_smoothing"] = 0.25
+    config = build_run_config(mapping)
+    assert build_task(config).build_head(config.model, None).label_smoothing == 0.25
 
 
 def linear_mapping(scenes: Path, folder: Path) -> dict[str, Any]:

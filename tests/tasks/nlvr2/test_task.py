@@ -9,7 +9,6 @@ import pytest
 from beit3_ds.config import TextTokenizerConfig, load_run_config
 from beit3_ds.planner import host_requirements
 from beit3_ds.sample_data.write_scenes import write_scenes
-from beit3_ds.tasks import RankShare, build_task
 from beit3_ds.tokenizers.text import train_text_tokenizer
 from tests.tasks.fine_tuning import (
     ALL,
@@ -19,6 +18,7 @@ from tests.tasks.fine_tuning import (
     WriteConfig,
     check_layout_trains_the_same,
     check_metrics_do_not_depend_on_ranks,
+    check_planned_shared_memory,
     check_resumes_bit_for_bit,
     figures,
     run_mapping,
@@ -94,13 +94,7 @@ def test_metrics_do_not_depend_on_the_ranks(write_config: WriteConfig, one_proce
     assert set(metrics) == {"statement", "accuracy", "consistency"}
 
 
-def test_the_memory_limit_of_prefetching_counts_both_images(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = load_run_config(str(write_config(tmp_path)))
-    share = RankShare(data_parallel_rank=0, data_parallel_size=1, embeds=True, predicts=True, reads=True)
-    dataset = build_task(config).open(share).dataset
-    assert dataset is not None
-    pixels = [batch.pixels for batch in dataset[0].micro_batches]
-    num_bytes = sum(tensor.nbytes for tensor in pixels if tensor is not None)
-    assert num_bytes < dataset.prefetch.step_bytes < 1.2 * num_bytes
-    node = host_requirements(config, 1, 1)
+def test_the_planner_counts_both_images_of_a_sample(write_config: WriteConfig, tmp_path: Path) -> None:
+    check_planned_shared_memory(write_config, tmp_path)
+    node = host_requirements(load_run_config(str(write_config(tmp_path))), 1, 1)
     assert node.images_per_step == node.records_per_step == 2 * 8

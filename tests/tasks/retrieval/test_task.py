@@ -16,6 +16,7 @@ from tests.tasks.fine_tuning import (
     WriteConfig,
     check_layout_trains_the_same,
     check_metrics_do_not_depend_on_ranks,
+    check_planned_shared_memory,
     check_resumes_bit_for_bit,
     figures,
     train_layout,
@@ -61,6 +62,10 @@ def test_all_layouts_train_the_same(layout: str, write: WriteConfig, one_process
 
 def test_it_resumes_bit_for_bit(write: WriteConfig, one_process: Path, tmp_path: Path) -> None:
     check_resumes_bit_for_bit(write, one_process, tmp_path)
+
+
+def test_the_planner_counts_the_images_of_prefetched_steps(write: WriteConfig, tmp_path: Path) -> None:
+    check_planned_shared_memory(write, tmp_path)
 
 
 def test_metrics_do_not_depend_on_the_ranks(write: WriteConfig, one_process: Path, tmp_path: Path) -> None:

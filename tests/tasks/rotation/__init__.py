@@ -49,7 +49,7 @@ class Rotation(Task):
         return RotationHead(model, tensor)
 
     def open(self, share: RankShare) -> RankTask:
-        return RankTask.open(self.config, share, self._build_streams, functools.partial(self._pack, share.embeds))
+        return RankTask.open(self, share, self._build_streams, functools.partial(self._pack, share.embeds))
 
     def _build_streams(self, split: Split) -> dict[str, Stream]:
         size = self.config.model.image_size

@@ -65,7 +65,7 @@ class ToyDense(Task):
         return ColorHead(model, tensor)
 
     def open(self, share: RankShare) -> RankTask:
-        return RankTask.open(self.config, share, self._build_streams, functools.partial(self._pack, share.embeds))
+        return RankTask.open(self, share, self._build_streams, functools.partial(self._pack, share.embeds))
 
     def _build_streams(self, split: Split) -> dict[str, Stream]:
         build = functools.partial(CroppedImages, views=CenterViews(image_size=40, tokenizer_image_size=40))

@@ -17,6 +17,7 @@ from tests.tasks.fine_tuning import (
     WriteConfig,
     check_layout_trains_the_same,
     check_metrics_do_not_depend_on_ranks,
+    check_planned_shared_memory,
     check_resumes_bit_for_bit,
     run_mapping,
     train_layout,
@@ -82,6 +83,10 @@ def test_all_layouts_train_the_same(layout: str, write_config: WriteConfig, one_
 
 def test_it_resumes_bit_for_bit(write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
     check_resumes_bit_for_bit(write_config, one_process, tmp_path / "resumed")
+
+
+def test_the_planner_counts_the_images_of_prefetched_steps(write_config: WriteConfig, tmp_path: Path) -> None:
+    check_planned_shared_memory(write_config, tmp_path)
 
 
 def test_metrics_do_not_depend_on_the_ranks(write_config: WriteConfig, one_process: Path, tmp_path: Path) -> None:
