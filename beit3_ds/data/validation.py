@@ -56,17 +56,17 @@ class ValidationBatches:
         """
         thread = ReaderThread("reading validation data")
         try:
-            for number in range(len(self._batches), len(self._plan)):
-                work = functools.partial(self._prepare, self._plan[number])
-                describe = functools.partial(self._describe, number)
+            for index in range(len(self._batches), len(self._plan)):
+                work = functools.partial(self._prepare, self._plan[index])
+                describe = functools.partial(self._describe, index)
                 self._batches.append(thread.call(work, limits, describe))
         except StopRequestedError:
             return
         finally:
             thread.close()
 
-    def _describe(self, number: int) -> str:
-        return f"validation batch {number + 1} of {len(self._plan)}, reading {self._reads or 'its files'}"
+    def _describe(self, index: int) -> str:
+        return f"validation batch {index + 1} of {len(self._plan)}, reading {self._reads or 'its files'}"
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yields the batches, in the same order in every pass.
@@ -74,10 +74,10 @@ class ValidationBatches:
         Raises:
             ConfigError: if a record is broken, because a mean loss without the record would not be comparable.
         """
-        for number, keys in enumerate(self._plan):
-            if number == len(self._batches):
+        for index, keys in enumerate(self._plan):
+            if index == len(self._batches):
                 self._batches.append(self._prepare(keys))
-            yield self._batches[number]
+            yield self._batches[index]
 
     def _prepare(self, plan: Mapping[str, Sequence[SampleKey]]) -> PackedBatch:
         try:
@@ -134,11 +134,11 @@ def build_validation_batches(
         parts[name] = [of_source[i : i + size] for of_source in keys for i in range(0, len(of_source), size)]
     num_batches = max((-(-len(of_stream) // data_parallel_size) for of_stream in parts.values()), default=0)
 
-    def share(number: int) -> dict[str, list[SampleKey]]:
-        own = number * data_parallel_size + data_parallel_rank
+    def share(index: int) -> dict[str, list[SampleKey]]:
+        own = index * data_parallel_size + data_parallel_rank
         return {name: of_stream[own] if own < len(of_stream) else [] for name, of_stream in parts.items()}
 
-    return ValidationBatches(streams, [share(number) for number in range(num_batches)], pack)
+    return ValidationBatches(streams, [share(index) for index in range(num_batches)], pack)
 
 
 def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> list[list[int]]:

@@ -95,19 +95,19 @@ def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[Par
     return dict(sorted(groups.items(), reverse=True))
 
 
-def split_groups(groups: list[tuple[ParameterGroup, list[T]]], number: int) -> list[tuple[ParameterGroup, list[T]]]:
-    """Splits the largest groups in half until there are `number` groups. All parameters keep their settings.
+def split_groups(groups: list[tuple[ParameterGroup, list[T]]], num_groups: int) -> list[tuple[ParameterGroup, list[T]]]:
+    """Splits the largest groups in half until there are `num_groups` groups. All parameters keep their settings.
 
     Raises:
-        ConfigError: if there are fewer than `number` parameters.
+        ConfigError: if there are fewer than `num_groups` parameters.
     """
     groups = list(groups)
-    while len(groups) < number:
+    while len(groups) < num_groups:
         longest = max(range(len(groups)), key=lambda i: len(groups[i][1]))
         group, values = groups[longest]
         if len(values) == 1:
             raise ConfigError(
-                f"training.layer_decay and training.frozen: every stage of the pipeline needs {number} groups of "
+                f"training.layer_decay and training.frozen: every stage of the pipeline needs {num_groups} groups of "
                 f"parameters, but a stage has only {len(groups)} parameters, of which each can be a group. Lower "
                 "parallel.pipeline_parallel_size."
             )

@@ -62,18 +62,18 @@ class CoupledStep:
         shared = {name: next(gradients) / parts for name in whole.shared}
         split = {name: _split(rows[name][own[name]], [f.rows[name] for f in micro_batches]) for name in rows}
         self._gradients = [
-            StepFeatures({name: pieces[number] for name, pieces in split.items()}, shared)
-            for number in range(len(micro_batches))
+            StepFeatures({name: pieces[micro_batch] for name, pieces in split.items()}, shared)
+            for micro_batch in range(len(micro_batches))
         ]
 
-    def total(self, number: int, features: StepFeatures) -> Tensor:
+    def total(self, micro_batch: int, features: StepFeatures) -> Tensor:
         """Returns a scalar whose backward pass gives this micro-batch's part of the gradients of the step's loss.
 
         The scalar is the inner product of the features and the loss's gradients with respect to the features. If the
         step has only one micro-batch, this method first calls `differentiate` to compute these gradients.
 
         Args:
-            number: index of the micro-batch, from 0.
+            micro_batch: index of the micro-batch, from 0.
             features: features of the micro-batch, attached to an autograd graph.
         """
         if not self._gradients:
@@ -81,7 +81,7 @@ class CoupledStep:
             self.differentiate([features])
         products = [
             (part[name].float() * gradient.float()).sum()
-            for part, gradients in zip(features, self._gradients[number], strict=True)
+            for part, gradients in zip(features, self._gradients[micro_batch], strict=True)
             for name, gradient in gradients.items()
         ]
         return torch.stack(products).sum()
@@ -116,8 +116,8 @@ def gather_features(micro_batches: Sequence[StepFeatures], mesh: Mesh) -> tuple[
     joined = {name: torch.cat([features.rows[name].detach() for features in micro_batches]) for name in first.rows}
     counts = mesh.data_host.gather([len(x) for x in joined.values()])
     rows, own = {}, {}
-    for number, (name, x) in enumerate(joined.items()):
-        lengths = [int(rank[number]) for rank in counts]
+    for place, (name, x) in enumerate(joined.items()):
+        lengths = [int(rank[place]) for rank in counts]
         start = sum(lengths[: mesh.data_parallel_rank])
         rows[name], own[name] = mesh.gather_rows_over_data(x, lengths), slice(start, start + len(x))
     return StepFeatures(rows, {name: x.detach().clone() for name, x in first.shared.items()}), own

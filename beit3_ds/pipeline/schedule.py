@@ -223,18 +223,18 @@ class _Step:
         return self._schedule.receive(action.chunk, batch, forward=action.forward)
 
     def forward(self, action: Action, x_TD: Tensor | None) -> None:
-        schedule, number = self._schedule, action.micro_batch
-        schedule.mesh.activity.begin(f"forward of micro-batch {number}")
-        if number not in self._prepared:
+        schedule, micro_batch = self._schedule, action.micro_batch
+        schedule.mesh.activity.begin(f"forward of micro-batch {micro_batch}")
+        if micro_batch not in self._prepared:
             with schedule.own_work.running():
-                self._prepared[number] = self._prepare(self._micro_batches[number])
+                self._prepared[micro_batch] = self._prepare(self._micro_batches[micro_batch])
         if x_TD is not None:
             x_TD.requires_grad_()
         layers = schedule.model_chunks[action.chunk]
         with schedule.own_work.running() if schedule.forward_is_local else contextlib.nullcontext():
-            output = schedule.engine(self._prepared[number], self._loss_factors, x_TD, layers)
+            output = schedule.engine(self._prepared[micro_batch], self._loss_factors, x_TD, layers)
         if action.chunk == len(schedule.model_chunks) - 1:
-            del self._prepared[number]  # no other chunk of this stage needs it
+            del self._prepared[micro_batch]  # no other chunk of this stage needs it
         gradient: list[Tensor] = []
         if isinstance(output, LossOutput):
             self.sums += output.sums
@@ -242,11 +242,11 @@ class _Step:
             loss = output.total * (1 + 0 * output.total.detach())
         elif isinstance(output, StepFeatures):
             assert self._coupled is not None, "a head that returns `StepFeatures` needs `Task.step_loss`"
-            loss = self._coupled.total(number, output)
+            loss = self._coupled.total(micro_batch, output)
         else:
             loss = _TakeGradient.apply(output, gradient)
             schedule.send(output, forward=True)
-        self._pending[number, action.chunk] = _Pending(x_TD, loss, gradient)
+        self._pending[micro_batch, action.chunk] = _Pending(x_TD, loss, gradient)
 
     def backward(self, action: Action, gradient_TD: Tensor | None, *, is_last: bool) -> None:
         schedule = self._schedule

@@ -156,8 +156,8 @@ def _avoid_compiling_shm_comm() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _use_threads(number: int) -> None:
+def _use_threads(num_threads: int) -> None:
     # By default every rank starts one thread per core of the machine. Two ranks on two cores were ten times slower with
     # this default, because their threads compete and wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(number)
+        torch.set_num_threads(num_threads)

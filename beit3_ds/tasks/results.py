@@ -21,18 +21,18 @@ class SampleResults:
 
     def __init__(self) -> None:
         """Creates an empty collection of results."""
-        self._numbers: list[Tensor] = []
+        self._indices: list[Tensor] = []
         self._rows: dict[str, list[Rows]] = {}
 
-    def add(self, numbers: Tensor, **rows: Rows) -> None:
+    def add(self, indices: Tensor, **rows: Rows) -> None:
         """Adds the rows of a batch.
 
         Args:
-            numbers: index of each sample in its split (`SampleKey.index`), (samples,) int64.
+            indices: index of each sample in its split (`SampleKey.index`), (samples,) int64.
             rows: values with one row per sample, by name; every call must pass equal names.
         """
-        assert all(len(values) == len(numbers) for values in rows.values()), "one row per sample"
-        self._numbers.append(numbers.cpu())
+        assert all(len(values) == len(indices) for values in rows.values()), "one row per sample"
+        self._indices.append(indices.cpu())
         for name, values in rows.items():
             self._rows.setdefault(name, []).append(values.cpu() if isinstance(values, Tensor) else list(values))
 
@@ -42,15 +42,15 @@ class SampleResults:
         Each sample must come from exactly one rank; in a tensor-parallel group, only one rank adds rows. Every rank
         sends its rows once to the main rank, over gloo.
         """
-        parts = mesh.host.collect([torch.cat(self._numbers) if self._numbers else None, self._packed()])
+        parts = mesh.host.collect([torch.cat(self._indices) if self._indices else None, self._packed()])
         if parts is None:
             return None
-        filled = [(numbers, rows) for numbers, rows in parts if numbers is not None]
-        numbers = torch.cat([numbers for numbers, _ in filled]) if filled else torch.empty(0, dtype=torch.int64)
-        order = numbers.argsort(stable=True)
+        filled = [(indices, rows) for indices, rows in parts if indices is not None]
+        indices = torch.cat([indices for indices, _ in filled]) if filled else torch.empty(0, dtype=torch.int64)
+        order = indices.argsort(stable=True)
         names = filled[0][1] if filled else ()
         rows = {name: _reorder([part[name] for _, part in filled], order) for name in names}
-        return GatheredResults(numbers[order], rows)
+        return GatheredResults(indices[order], rows)
 
     def _packed(self) -> dict[str, Rows]:
         return {name: _join(parts) for name, parts in self._rows.items()}
@@ -60,30 +60,30 @@ class GatheredResults:
     """Holds the results of all samples, sorted by the samples' index in the split.
 
     Attributes:
-        numbers: index of each sample in its split, ascending, (samples,) int64.
+        indices: index of each sample in its split, ascending, (samples,) int64.
     """
 
-    def __init__(self, numbers: Tensor, rows: Mapping[str, Rows]) -> None:
+    def __init__(self, indices: Tensor, rows: Mapping[str, Rows]) -> None:
         """Stores the rows after checking that no sample has two rows.
 
         Args:
-            numbers: index of each sample in its split, ascending, (samples,) int64.
-            rows: values with one row per sample, by name, in the order of `numbers`.
+            indices: index of each sample in its split, ascending, (samples,) int64.
+            rows: values with one row per sample, by name, in the order of `indices`.
 
         Raises:
             ConfigError: if a sample was evaluated twice.
         """
-        repeated = numbers[1:][numbers[1:] == numbers[:-1]]
+        repeated = indices[1:][indices[1:] == indices[:-1]]
         if len(repeated):
             raise ConfigError(
                 f"evaluation: {len(repeated)} samples were evaluated twice, the first of them number "
                 f"{int(repeated[0])}; their scores would count twice. A task must add each sample on one rank only."
             )
-        self.numbers, self._rows = numbers, dict(rows)
+        self.indices, self._rows = indices, dict(rows)
 
     def __len__(self) -> int:
         """Returns the number of samples."""
-        return len(self.numbers)
+        return len(self.indices)
 
     def tensor(self, name: str) -> Tensor:
         """Returns the tensor added under `name`, (samples, ...); an empty tensor (0,) if there are no samples."""
@@ -106,4 +106,4 @@ def _join(parts: Sequence[Rows]) -> Rows:
 
 def _reorder(parts: Sequence[Rows], order: Tensor) -> Rows:
     joined = _join(parts)
-    return joined[order] if isinstance(joined, Tensor) else [joined[number] for number in order.tolist()]
+    return joined[order] if isinstance(joined, Tensor) else [joined[index] for index in order.tolist()]

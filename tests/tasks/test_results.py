@@ -29,7 +29,7 @@ def gather_own() -> Any:
         gathered = results.gather(mesh)
         if gathered is None:
             return None
-        return gathered.numbers.tolist(), gathered.tensor("score").tolist(), gathered.strings("text")
+        return gathered.indices.tolist(), gathered.tensor("score").tolist(), gathered.strings("text")
     finally:
         dist.destroy_process_group()
 

@@ -102,7 +102,7 @@ def _draw_sample(number: int, pixels: int) -> DetectionSample:
     labels = torch.randint(0, _NUM_CLASSES, (_OBJECTS,), generator=draws)
     objects = ImageObjects(torch.cat([corners, corners + extents], 1), labels, masks)
     view = torch.randn(3, pixels, pixels, generator=draws)
-    return DetectionSample(name=f"image {number}", number=number, pixels=[view], seed=number, objects=objects)
+    return DetectionSample(name=f"image {number}", sample_index=number, pixels=[view], seed=number, objects=objects)
 
 
 class _Ours:

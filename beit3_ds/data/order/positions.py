@@ -94,27 +94,27 @@ class StreamPosition:
         """Returns the number of samples in the stream."""
         return sum(source.size for source in self.sources)
 
-    def base_key(self, number: int) -> tuple[str | int, ...]:
+    def base_key(self, set_index: int) -> tuple[str | int, ...]:
         """Returns the key of a set's permutations, without the epoch; the sets of a stream have different keys.
 
         Args:
-            number: index of the set in `sets`.
+            set_index: index of the set in `sets`.
         """
-        key = (self.stream,) if self.weights is None else (self.stream, number)
+        key = (self.stream,) if self.weights is None else (self.stream, set_index)
         return key if self.blocks is None else (*key, block_key(*self.blocks))
 
-    def set_bounds(self, number: int) -> tuple[int, int]:
+    def set_bounds(self, set_index: int) -> tuple[int, int]:
         """Returns the bounds of one set: its first sample number in the stream, and one past its last sample number.
 
         A set is a group of samples that are shuffled together (`SetPosition`).
 
         Args:
-            number: index of the set in `sets`.
+            set_index: index of the set in `sets`.
         """
         if self.weights is None:
             return 0, self.total
-        start = sum(source.size for source in self.sources[:number])
-        return start, start + self.sources[number].size
+        start = sum(source.size for source in self.sources[:set_index])
+        return start, start + self.sources[set_index].size
 
     def bounds(self, source_id: int) -> tuple[int, int]:
         """Returns the first sample number of a source in the stream, and one past the source's last sample number.
@@ -128,7 +128,7 @@ class StreamPosition:
             start += source.size
         return gone_bounds(source_id)
 
-    def remaining(self, number: int) -> RemainingSamples | None:
+    def remaining(self, set_index: int) -> RemainingSamples | None:
         """Returns the samples that were shuffled again in a set's current epoch; None if the epoch was not shuffled
         again.
 
@@ -137,19 +137,19 @@ class StreamPosition:
         a set. Without sampling weights, the whole stream is one set.
 
         Args:
-            number: index of the set in `sets`.
+            set_index: index of the set in `sets`.
         """
-        nodes = self.sets[number].remaining
+        nodes = self.sets[set_index].remaining
         return None if nodes is None else from_nodes(nodes, self.bounds)
 
-    def start_epoch(self, number: int, epoch: int) -> SetPosition:
+    def start_epoch(self, set_index: int, epoch: int) -> SetPosition:
         """Returns the position of one set of samples at the start of an epoch.
 
         Args:
-            number: index of the set in `sets`.
+            set_index: index of the set in `sets`.
             epoch: the epoch, from 0.
         """
-        return SetPosition(epoch=epoch, taken=0, key=(*self.base_key(number), epoch))
+        return SetPosition(epoch=epoch, taken=0, key=(*self.base_key(set_index), epoch))
 
     def advanced(self, samples: int) -> "StreamPosition":
         """Returns the position after the next `samples` samples of the stream."""
@@ -163,17 +163,17 @@ class StreamPosition:
                 for position in (self.mixture_position, self.mixture_position + samples)
             )
             moves = [last - first for first, last in zip(before, after, strict=True)]
-        sets = tuple(self._moved(number, move) for number, move in enumerate(moves))
+        sets = tuple(self._moved(set_index, move) for set_index, move in enumerate(moves))
         return dataclasses.replace(self, mixture_position=self.mixture_position + samples, sets=sets)
 
-    def _moved(self, number: int, samples: int) -> SetPosition:
-        position = self.sets[number]
-        first, last = self.set_bounds(number)
+    def _moved(self, set_index: int, samples: int) -> SetPosition:
+        position = self.sets[set_index]
+        first, last = self.set_bounds(set_index)
         left = (last - first if position.num_remaining is None else position.num_remaining) - position.taken
         if samples < left:
             return dataclasses.replace(position, taken=position.taken + samples)
         epochs, taken = divmod(samples - left, last - first)
-        return dataclasses.replace(self.start_epoch(number, position.epoch + 1 + epochs), taken=taken)
+        return dataclasses.replace(self.start_epoch(set_index, position.epoch + 1 + epochs), taken=taken)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the position as a JSON object, without the stream's name."""
@@ -211,5 +211,5 @@ def start_position(
         next_id=len(sources),
         blocks=blocks,
     )
-    sets = tuple(position.start_epoch(number, 0) for number in range(1 if weights is None else len(sources)))
+    sets = tuple(position.start_epoch(set_index, 0) for set_index in range(1 if weights is None else len(sources)))
     return dataclasses.replace(position, sets=sets)

@@ -45,9 +45,9 @@ def new_position(
         first_epoch: epoch at which the stream starts.
         blocks: samples per block and blocks per window; None shuffles each epoch as a whole.
     """
-    described = [source.describe(number) for number, source in enumerate(sources)]
+    described = [source.describe(index) for index, source in enumerate(sources)]
     position = start_position(stream, seed, samples_per_step, weights, described, blocks)
-    sets = tuple(position.start_epoch(number, first_epoch) for number in range(len(position.sets)))
+    sets = tuple(position.start_epoch(set_index, first_epoch) for set_index in range(len(position.sets)))
     return dataclasses.replace(position, sets=sets)
 
 
@@ -105,7 +105,7 @@ class _Continuation:
     ) -> None:
         self._stored, self._matched, self._weights = stored, matched, weights
         self._kept = {match.id for match in matched}
-        self._number = {source.id: number for number, source in enumerate(stored.sources)}
+        self._set_index = {source.id: index for index, source in enumerate(stored.sources)}
         self._now = StreamPosition(
             stream=stored.stream,
             seed=seed,
@@ -124,10 +124,10 @@ class _Continuation:
         if self._weights is None:
             sets = [self._join_all()]
         else:
-            sets = [self._continue_source(number, match) for number, match in enumerate(self._matched)]
-        for number, one in enumerate(sets):
+            sets = [self._continue_source(set_index, match) for set_index, match in enumerate(self._matched)]
+        for set_index, one in enumerate(sets):
             if one.remaining is not None and sum(node[0] == "rest" for node in one.remaining) > _MAX_CHANGES:
-                sets[number] = self._now.start_epoch(number, one.epoch + 1)
+                sets[set_index] = self._now.start_epoch(set_index, one.epoch + 1)
                 changes.append(
                     f"data.{self._stored.stream}: epoch {one.epoch} was changed {_MAX_CHANGES} times and ends here; "
                     "repeats cannot be excluded"
@@ -142,25 +142,25 @@ class _Continuation:
             and [match.id for match in self._matched] == [source.id for source in self._stored.sources]
         )
 
-    def _continue_source(self, number: int, match: SourceMatch) -> SetPosition:
+    def _continue_source(self, set_index: int, match: SourceMatch) -> SetPosition:
         """Returns the new position of one source of a stream with weights.
 
         Args:
-            number: index of the source's set in `StreamPosition.sets`.
+            set_index: index of the source's set in `StreamPosition.sets`.
             match: the source, and the matching source in the checkpoint, if there is one.
         """
         if match.kind == "renumbered" and match.before is not None:
-            return self._now.start_epoch(number, self._epoch(match.before.id) + 1)
+            return self._now.start_epoch(set_index, self._epoch(match.before.id) + 1)
         if match.kind == "new" or match.before is None:
-            return self._now.start_epoch(number, 0)
-        old_number = self._number.get(match.id)
-        if match.kind == "same" and self._stored.weights is not None and old_number is not None:
-            old = self._stored.sets[old_number]
+            return self._now.start_epoch(set_index, 0)
+        old_index = self._set_index.get(match.id)
+        if match.kind == "same" and self._stored.weights is not None and old_index is not None:
+            old = self._stored.sets[old_index]
             if self._now.seed == self._stored.seed:
                 return old
             if old.remaining is None and old.taken == 0:
-                return self._now.start_epoch(number, old.epoch)
-        return self._shuffle(number, self._epoch(match.id), [self._remaining_of(match), *self._growth(match)])
+                return self._now.start_epoch(set_index, old.epoch)
+        return self._shuffle(set_index, self._epoch(match.id), [self._remaining_of(match), *self._growth(match)])
 
     def _join_all(self) -> SetPosition:
         """Joins the unused samples of all sources in a new random order, and returns the position at the start of this
@@ -175,38 +175,38 @@ class _Continuation:
         epochs += [one.epoch for one in self._stored.sets if self._stored.weights is None]
         parts: list[RemainingSamples] = []
         if self._stored.weights is None:
-            ids = [match.id for match in known if match.id in self._number]
+            ids = [match.id for match in known if match.id in self._set_index]
             if ids:
                 parts.append(self._remaining_of_set(ids))
-            parts += [self._remaining_of(match) for match in known if match.id not in self._number]
+            parts += [self._remaining_of(match) for match in known if match.id not in self._set_index]
         else:
             parts += [self._remaining_of(match) for match in known]
         parts += [part for match in known for part in self._growth(match)]
         parts += [self._range(match, 0) for match in self._matched if match.kind == "new"]
         return self._shuffle(0, max(epochs, default=0), parts)
 
-    def _shuffle(self, number: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
+    def _shuffle(self, set_index: int, epoch: int, parts: Sequence[RemainingSamples]) -> SetPosition:
         """Returns the position of a set of samples whose epoch continues with `parts` in a new random order.
 
         If `parts` contain no samples, the next epoch starts.
 
         Args:
-            number: index of the set in `StreamPosition.sets`.
+            set_index: index of the set in `StreamPosition.sets`.
             epoch: the epoch, from 0.
             parts: samples for the rest of the epoch.
         """
         parts = [part for part in parts if len(part)]
         if not parts:
-            return self._now.start_epoch(number, epoch + 1)
+            return self._now.start_epoch(set_index, epoch + 1)
         left = parts[0] if len(parts) == 1 else Joined(parts)
-        key = (*self._now.base_key(number), epoch, "left", self._now.changes)
+        key = (*self._now.base_key(set_index), epoch, "left", self._now.changes)
         return SetPosition(epoch=epoch, taken=0, key=key, remaining=tuple(to_nodes(left)), num_remaining=len(left))
 
     def _epoch(self, source_id: int) -> int:
         for entry in self._stored.removed:
             if entry.source.id == source_id:
                 return entry.epoch
-        return self._stored.sets[0 if self._stored.weights is None else self._number[source_id]].epoch
+        return self._stored.sets[0 if self._stored.weights is None else self._set_index[source_id]].epoch
 
     def _remaining_of(self, match: SourceMatch) -> RemainingSamples:
         """Returns the unused samples of a source's current epoch, except samples added since the checkpoint."""
@@ -221,9 +221,9 @@ class _Continuation:
         If the checkpoint's stream has weights, each source has its own epoch, so `ids` must contain one source only.
         """
         stored = self._stored
-        number = 0 if stored.weights is None else self._number[ids[0]]
-        old = stored.sets[number]
-        members = stored.sources if stored.weights is None else stored.sources[number : number + 1]
+        set_index = 0 if stored.weights is None else self._set_index[ids[0]]
+        old = stored.sets[set_index]
+        members = stored.sources if stored.weights is None else stored.sources[set_index : set_index + 1]
         whole: RemainingSamples
         if old.remaining is not None:
             whole = from_nodes(old.remaining, self._now.bounds)

@@ -27,7 +27,7 @@ class StreamOrder:
                 not exceed `num_remaining`.
         """
         self.position = position
-        self._remaining = [position.remaining(number) for number in range(len(position.sets))]
+        self._remaining = [position.remaining(set_index) for set_index in range(len(position.sets))]
         for one, remaining in zip(position.sets, self._remaining, strict=True):
             if remaining is not None and not one.taken <= len(remaining) == one.num_remaining:
                 raise ValueError(f"{one.taken} of {one.num_remaining} samples are taken where {len(remaining)} remain")
@@ -58,17 +58,17 @@ class StreamOrder:
             epochs[here], samples[here] = self._find(int(source), places[here] - self._places[source])
         return epochs, samples
 
-    def _find(self, number: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _find(self, set_index: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the epochs and the sample numbers at given offsets in one set, (n,) int64 each.
 
         A set is one source if the stream has weights, and the whole stream otherwise.
 
         Args:
-            number: index of the set in `StreamPosition.sets`.
+            set_index: index of the set in `StreamPosition.sets`.
             since: number of samples of this set between the stored position and each requested sample, (n,) int64.
         """
-        position, remaining = self.position.sets[number], self._remaining[number]
-        first, last = self.position.set_bounds(number)
+        position, remaining = self.position.sets[set_index], self._remaining[set_index]
+        first, last = self.position.set_bounds(set_index)
         left = last - first if remaining is None else len(remaining)
         places = since + position.taken
         now = places < left
@@ -80,7 +80,7 @@ class StreamOrder:
         if not now.all():
             later = places[~now] - left
             found, chosen = samples_at(
-                self.position.seed, self.position.base_key(number), later, last - first, position.epoch + 1
+                self.position.seed, self.position.base_key(set_index), later, last - first, position.epoch + 1
             )
             epochs[~now], samples[~now] = found, chosen + first
         return epochs, samples

@@ -116,13 +116,13 @@ class PreparedText:
                 f"{printable(str(self._borders_path))}: sequence {index} has damaged borders. {REDO}"
             )
         parts = []
-        number = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
+        piece_index = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
         while start < stop:
-            first = int(self._piece_starts[number])
-            part = self._tokens(number)[start - first : stop - first]
+            first = int(self._piece_starts[piece_index])
+            part = self._tokens(piece_index)[start - first : stop - first]
             parts.append(part)
             start += len(part)
-            number += 1
+            piece_index += 1
         ids = np.concatenate(parts)
         if ids.max() >= self._vocab_size:
             raise BrokenRecordError(f"{printable(str(self._borders_path))}: sequence {index} has damaged ids. {REDO}")
@@ -134,11 +134,11 @@ class PreparedText:
             self._maps[_BORDERS] = _map_with_retries(path, lambda: map_array(path, "<i8", 0, count))
         return self._maps[_BORDERS]
 
-    def _tokens(self, number: int) -> NDArray[np.generic]:
-        if number not in self._maps:
-            piece = self._pieces[number]
-            self._maps[number] = _map_with_retries(piece.path, piece.tokens)
-        return self._maps[number]
+    def _tokens(self, piece_index: int) -> NDArray[np.generic]:
+        if piece_index not in self._maps:
+            piece = self._pieces[piece_index]
+            self._maps[piece_index] = _map_with_retries(piece.path, piece.tokens)
+        return self._maps[piece_index]
 
     def __getstate__(self) -> dict[str, Any]:
         # NumPy would pickle a map as a copy of its contents.

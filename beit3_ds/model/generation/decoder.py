@@ -71,8 +71,8 @@ class CaptionDecoder:
         x_SD = self._embeddings.embed_tokens(pairs_R2.flatten(), positions_R2.flatten()).to(self._model.stream_dtype)
         layout = SequenceLayout(0, (2,) * len(ids_R), (), image_length=0)
         captions = []
-        for number, block in enumerate(self._blocks):
-            attend, kept = self._attend_to_cache(number)
+        for index, block in enumerate(self._blocks):
+            attend, kept = self._attend_to_cache(index)
             x_SD = block.ffn(block.attention(x_SD, None, layout, attend), None, layout)
             captions.append(kept[0])
         self._captions, self._num_words = captions, position + 1
@@ -136,15 +136,15 @@ class CaptionDecoder:
         empty = [keys.new_empty(count, keys.shape[1], 0, keys.shape[3]) for keys, _ in self._images]
         self._captions = [(keys, keys) for keys in empty]
 
-    def _attend_to_cache(self, number: int) -> tuple[Callable[..., Tensor], list[tuple[Tensor, Tensor]]]:
-        """Returns the attention function of block `number`, and an empty list that the attention function fills.
+    def _attend_to_cache(self, index: int) -> tuple[Callable[..., Tensor], list[tuple[Tensor, Tensor]]]:
+        """Returns the attention function of block `index`, and an empty list that the attention function fills.
 
         In the attention function, the last word and the mask token of each caption attend to the image and the caption.
         The attention function appends one pair to the list: the keys and the values of all words of the captions,
         without the mask tokens.
         """
-        image_keys, image_values = self._images[number]
-        old_keys, old_values = self._captions[number]
+        image_keys, image_values = self._images[index]
+        old_keys, old_values = self._captions[index]
         kept: list[tuple[Tensor, Tensor]] = []
 
         def attend(q_SHK: Tensor, k_SHK: Tensor, v_SHK: Tensor) -> Tensor:

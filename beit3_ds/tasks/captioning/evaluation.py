@@ -123,7 +123,7 @@ class DescribedSplit:
             search: settings of the beam search; None if no captions were generated.
         """
         self._results, self._search = results, search
-        places = [stream.sources.locate(number) for number in results.numbers.tolist()]
+        places = [stream.sources.locate(index) for index in results.indices.tolist()]
         self._samples: list[tuple[CaptionSamples, int]] = []
         for samples, index in places:
             assert isinstance(samples, CaptionSamples)

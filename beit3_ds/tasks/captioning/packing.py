@@ -58,7 +58,7 @@ def pack(
         term_counts=(sum(counts),) * 2,
         targets={
             TARGET_IDS: concatenate([sample.target_ids for sample in samples]),
-            INDICES: torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+            INDICES: torch.tensor([sample.sample_index for sample in samples], dtype=torch.int64),
             NUM_MASKED: torch.tensor(counts, dtype=torch.int64),
         },
     )

@@ -29,7 +29,7 @@ class CaptionSample:
 
     name: str
     """File of the sample and the sample's name in the file, for messages."""
-    number: int
+    sample_index: int
     """Index of the sample in its split, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
@@ -76,7 +76,7 @@ class CaptionSamples(CaptionedSamples):
             corrupted, positions = mask_tokens(ids, self.mask_ratio, tokenizer.mask_id, key.rng("token mask"))
         return CaptionSample(
             name=name,
-            number=key.index,
+            sample_index=key.index,
             view=self.view.of(text)(image, key.rng("augmentation")),
             ids=corrupted,
             masked_positions=positions,

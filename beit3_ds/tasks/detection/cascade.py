@@ -120,13 +120,13 @@ class Cascade(nn.Module):
             count: maximum number of proposals sampled per image.
         """
         sums = []
-        for number, stage in enumerate(self.stages):
+        for stage_index, stage in enumerate(self.stages):
             boxes = [of_image.boxes for of_image in sampled]
             output = stage(self._pool(pyramid, boxes))
-            sums.append(_stage_losses(output, sampled, objects, number))
-            if number + 1 < len(IOUS):
-                refined = zip(_refine(output, boxes, sizes, number), objects, strict=True)
-                sampled = [_match_refined(found, of_image, number + 1) for found, of_image in refined]
+            sums.append(_stage_losses(output, sampled, objects, stage_index))
+            if stage_index + 1 < len(IOUS):
+                refined = zip(_refine(output, boxes, sizes, stage_index), objects, strict=True)
+                sampled = [_match_refined(found, of_image, stage_index + 1) for found, of_image in refined]
         return torch.stack(sums).sum(0) / count
 
     def predict(
@@ -142,10 +142,10 @@ class Cascade(nn.Module):
             sizes: height and width of each image in pixels.
         """
         boxes, probabilities = list(proposals), []
-        for number, stage in enumerate(self.stages):
+        for stage_index, stage in enumerate(self.stages):
             output = stage(self._pool(pyramid, boxes))
             probabilities.append(output.logits.softmax(1)[:, :-1])
-            boxes = _refine(output, boxes, sizes, number)
+            boxes = _refine(output, boxes, sizes, stage_index)
         scores = torch.stack(probabilities).mean(0).split([len(of_image) for of_image in boxes])
         return list(zip(boxes, scores, strict=True))
 

@@ -73,12 +73,12 @@ class DetectedSplit:
             settings: the task's settings.
         """
         self._sources = batches.streams["images"].sources
-        self._numbers, self._settings = results.numbers.tolist(), settings
+        self._indices, self._settings = results.indices.tolist(), settings
         self.records = list(map(DetectionRecord.from_json, results.strings("detections")))
 
     def __len__(self) -> int:
         """Returns the number of images."""
-        return len(self._numbers)
+        return len(self._indices)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class DetectedSplit:
 
     def locate(self, place: int) -> tuple[AnnotatedObjects, int]:
         """Returns the source of an image, and the index of the image in this source."""
-        samples, index = self._sources.locate(self._numbers[place])
+        samples, index = self._sources.locate(self._indices[place])
         assert isinstance(samples, ObjectSamples)
         return samples.source, index
 

@@ -55,7 +55,7 @@ def pack(
 def _view_targets(samples: Sequence[DetectionSample]) -> dict[str, Tensor]:
     views = [view._replace(sample=place) for place, sample in enumerate(samples) for view in sample.views]
     return {
-        INDICES: _integers([sample.number for sample in samples]),
+        INDICES: _integers([sample.sample_index for sample in samples]),
         SAMPLES: _integers([view.sample for view in views]),
         ORIGINAL_SIZES: _integers([view.original for view in views], 2),
         FLIPS: torch.tensor([view.is_flipped for view in views], dtype=torch.bool),

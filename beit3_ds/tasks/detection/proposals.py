@@ -165,7 +165,7 @@ def propose(anchors: ImageAnchors, size: Size, per_level: int, count: int) -> Pr
         per_level: number of best-scored anchors per level that become proposals, before suppression.
         count: maximum number of proposals after suppression.
     """
-    boxes, logits, levels, numbers, start = [], [], [], [], 0
+    boxes, logits, levels, indices, start = [], [], [], [], 0
     parts = zip(*(x.split(anchors.level_counts) for x in anchors[:3]), strict=True)
     for level, (boxes_N4, logits_N, deltas_N4) in enumerate(parts):
         best = logits_N.topk(min(per_level, len(logits_N)))
@@ -173,18 +173,18 @@ def propose(anchors: ImageAnchors, size: Size, per_level: int, count: int) -> Pr
         boxes.append(found)
         logits.append(best.values)
         levels.append(torch.full_like(best.indices, level))
-        numbers.append(start + best.indices)
+        indices.append(start + best.indices)
         start += len(logits_N)
-    every = tuple(map(torch.cat, (boxes, logits, levels, numbers)))
+    every = tuple(map(torch.cat, (boxes, logits, levels, indices)))
     kept = (has_area(every[0]) & every[1].isfinite()).nonzero()[:, 0]
-    found, scores, level_N, number_N = (values[kept] for values in every)
+    found, scores, level_N, index_N = (values[kept] for values in every)
     if not len(kept):
-        return Proposals(found, number_N)
+        return Proposals(found, index_N)
     # Shifts the boxes of each level, so that levels do not overlap. torchvision's batched_nms does the same, but
     # copies a number from host memory.
     apart = found + (level_N * (found.max() + 1))[:, None]
     chosen = nms(apart, scores, _NMS_IOU)[:count]
-    return Proposals(found[chosen], number_N[chosen])
+    return Proposals(found[chosen], index_N[chosen])
 
 
 def _grid(size: Size, stride: int) -> Size:

@@ -31,7 +31,7 @@ class DetectionSample:
 
     name: str
     """Annotation file, image id and image path, for messages."""
-    number: int
+    sample_index: int
     """Index of the image in its split, from 0."""
     pixels: Sequence[Tensor]
     """Pixels of each view, (3, height, width) float32 in [-1, 1]; a training sample has one view."""
@@ -98,12 +98,12 @@ class ObjectSamples:
         except ValueError as error:
             raise BrokenRecordError(f"{self.name(index)}: broken mask: {error}") from error
         return DetectionSample(
-            name=self.name(index), number=key.index, pixels=[pixels], seed=draw_seed(key), objects=objects
+            name=self.name(index), sample_index=key.index, pixels=[pixels], seed=draw_seed(key), objects=objects
         )
 
 
 def evaluation_sample(
-    image: Image.Image, settings: DetectionConfig, image_size: int, name: str, number: int
+    image: Image.Image, settings: DetectionConfig, image_size: int, name: str, sample_index: int
 ) -> DetectionSample:
     """Builds the views of an RGB image for an evaluation or a prediction.
 
@@ -112,7 +112,7 @@ def evaluation_sample(
         settings: the task's settings; `test_sizes` and `test_flip` define the views.
         image_size: side in pixels of the square into which the views are fitted, if `test_sizes` is empty.
         name: name of the image, for messages.
-        number: index of the image in the results.
+        sample_index: index of the image in the results.
     """
     size = image.size[::-1]
     flips = (False, True) if settings.test_flip else (False,)
@@ -121,7 +121,7 @@ def evaluation_sample(
     ]
     views = [View(0, window.size, size, window.is_flipped) for window in windows]
     pixels = [to_floats(window.cut(image)[None])[0] for window in windows]
-    return DetectionSample(name=name, number=number, pixels=pixels, views=views)
+    return DetectionSample(name=name, sample_index=sample_index, pixels=pixels, views=views)
 
 
 def open_objects(source: SourceConfig, settings: DetectionConfig, *, needs_images: bool = True) -> AnnotatedObjects:

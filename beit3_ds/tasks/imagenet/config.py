@@ -26,8 +26,8 @@ class ImagenetConfig:
     prompt: str = _PLACE
     """Template for the text of a class; `{name}` is replaced by the class name."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Share of an image's target probability that is spread evenly over all classes (Microsoft's BEiT-3 code: 0.1). With
-    the head `names`, these are the classes whose texts are part of the training step."""
+    """Share of an image's target probability that is spread evenly over all classes. With the head `names`, these are
+    the classes whose texts are part of the training step. Microsoft's BEiT-3 code uses 0.1."""
     mixup: MixingStrength = 0.0
     """Strength of mixup, which blends two images (Zhang et al., 2018, arXiv:1710.09412). The first image's share is
     drawn from the distribution Beta(a, a), where a is this value. 0 disables mixup (Microsoft's BEiT-3 code: 0.8)."""

@@ -65,7 +65,7 @@ def pack(
         CLASSES: [image.label for image in images],
         OTHER_CLASSES: [image.other_label for image in images],
         SHARES: [image.share for image in images],
-        INDICES: [image.number for image in images],
+        INDICES: [image.sample_index for image in images],
         TEXT_CLASSES: [text.label for text in texts],
     }
     rows = patch_rows(batch.layout) if head == "linear" else batch.layout.first_rows(_IMAGES, _TEXTS)

@@ -45,7 +45,7 @@ class ClassImage:
 
     name: str
     """File of the sample and the sample's name in the file, for messages."""
-    number: int
+    sample_index: int
     """Index of the sample in its split, from 0."""
     view: Tensor
     """Pixels after augmentation or resizing, and after mixing, (3, image_size, image_size) float32 in [-1, 1]."""
@@ -112,7 +112,7 @@ class ClassImages:
         text = None if self.texts is None else self.texts[label]
         return ClassImage(
             name=self.name(index),
-            number=key.index,
+            sample_index=key.index,
             view=view,
             label=label,
             other_label=other_label,

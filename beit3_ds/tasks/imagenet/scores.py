@@ -26,7 +26,7 @@ NUM_SHOWN = 5
 class ClassScores(NamedTuple):
     """Holds the classification of all images of a split, sorted by the images' index in the split."""
 
-    numbers: Tensor
+    indices: Tensor
     """Index of each image in its split, ascending, (images,) int64."""
     labels: Tensor
     """True class label of each image, (images,) int64."""
@@ -142,4 +142,4 @@ def _read(gathered: GatheredResults) -> ClassScores:
         none = torch.empty(0, dtype=torch.int64)
         return ClassScores(none, none, none, none, torch.empty(0))
     labels, ranks, best, losses = map(gathered.tensor, ClassScores._fields[1:])
-    return ClassScores(gathered.numbers, labels, ranks, best, losses)
+    return ClassScores(gathered.indices, labels, ranks, best, losses)

@@ -210,10 +210,8 @@ def _write_answers(path: Path, scores: ClassScores, stream: Stream, classes: Cla
     """Writes one JSON object per image, with the image's file, its true class and the best-scored classes."""
     keys = [found.key for found in classes]
     with atomic_write(path) as file:
-        for number, label, best in zip(
-            *(x.tolist() for x in (scores.numbers, scores.labels, scores.best)), strict=True
-        ):
-            line = {"image": stream.name(number), "class": keys[label], "best": [keys[other] for other in best]}
+        for index, label, best in zip(*(x.tolist() for x in (scores.indices, scores.labels, scores.best)), strict=True):
+            line = {"image": stream.name(index), "class": keys[label], "best": [keys[other] for other in best]}
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 
@@ -230,12 +228,12 @@ def _shown_samples(
     places: Sequence[int], scores: ClassScores, stream: Stream, classes: ClassList
 ) -> Iterator[ShownSample]:
     for place in places:
-        number = int(scores.numbers[place])
-        source, index = stream.sources.locate(number)
+        sample_index = int(scores.indices[place])
+        source, index = stream.sources.locate(sample_index)
         best = [classes.names[label] for label in scores.best[place].tolist()]
         yield ShownSample(
             images=[source.source.image(index)],  # type: ignore[attr-defined]
-            title=stream.name(number),
+            title=stream.name(sample_index),
             lines={"class": classes.names[int(scores.labels[place])], "model": "; ".join(best)},
             is_right=bool(scores.ranks[place] == 0),
         )

@@ -35,7 +35,7 @@ class StatementSample:
 
     name: str
     """File and identifier of the sample, for messages."""
-    number: int
+    sample_index: int
     """Index of the sample in its split, from 0."""
     views: tuple[Tensor, Tensor]
     """Left and right image after augmentation or resizing, each (3, size, size) float32 in [-1, 1]."""
@@ -101,7 +101,7 @@ class StatementSamples:
         )
         return StatementSample(
             name=name,
-            number=key.index,
+            sample_index=key.index,
             views=(left, right),
             ids=np.array([self.tokenizer.bos_id, *pieces, self.tokenizer.eos_id], dtype=np.int64),
             label=int(statements.label(index) or False),
@@ -171,7 +171,7 @@ def pack(
     first_rows = batch.layout.first_rows(1, 2)
     targets = {
         LABELS: torch.tensor([sample.label for sample in samples], dtype=torch.int64),
-        INDICES: torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+        INDICES: torch.tensor([sample.sample_index for sample in samples], dtype=torch.int64),
     }
     fields: dict[str, Any] = {"head_rows": first_rows.rows, "head_row_counts": first_rows.counts, "targets": targets}
     return dataclasses.replace(batch, term_counts=(len(samples),) * 2, **fields)

@@ -57,7 +57,7 @@ class _Judgements:
     def __init__(self, stream: Stream, found: GatheredResults) -> None:
         self._logits = found.tensor("logits")
         self._guesses: list[bool] = (self._logits.argmax(1) == 1).tolist()
-        places = [stream.sources.locate(number) for number in found.numbers.tolist()]
+        places = [stream.sources.locate(index) for index in found.indices.tolist()]
         self._samples = [(_statements(samples), index) for samples, index in places]
         self._labels = [statements.label(index) for statements, index in self._samples]
 

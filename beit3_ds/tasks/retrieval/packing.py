@@ -52,11 +52,11 @@ def pack(
         sample_names=[s.name for s in samples] + [s.name for s in samples for _ in s.texts],
         sources=sources,
     )
-    keys = [sample.number * MAX_CAPTIONS + place for sample in samples for place in range(len(sample.texts))]
+    keys = [sample.sample_index * MAX_CAPTIONS + place for sample in samples for place in range(len(sample.texts))]
     targets = {
         IMAGE_IDS: [sample.image_id for sample in samples],
         TEXT_IDS: [text_id for sample in samples for text_id in sample.text_ids],
-        IMAGE_INDICES: [sample.number for sample in samples],
+        IMAGE_INDICES: [sample.sample_index for sample in samples],
         CAPTION_KEYS: keys,
     }
     picked = batch.layout.first_rows(_IMAGES, _TEXTS)

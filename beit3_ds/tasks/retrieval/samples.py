@@ -34,7 +34,7 @@ class RetrievalSample:
 
     name: str
     """File of the sample and the sample's name in the file, for messages."""
-    number: int
+    sample_index: int
     """Index of the sample in its split, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
@@ -71,7 +71,7 @@ class RetrievalSamples(CaptionedSamples):
             captions = [captions[caption_of_epoch(len(captions), key)]]
         return RetrievalSample(
             name=self.source.name(index),
-            number=key.index,
+            sample_index=key.index,
             view=self.view.of(*captions)(image, key.rng("augmentation")),
             texts=tuple(self._encode(index, caption) for caption in captions),
             image_id=_digest(image_path(self.source, index)),

@@ -52,9 +52,9 @@ class RetrievalRankTask(RankTask):
         if found_images is None or found_texts is None or not len(found_images):
             return {}
         retrieved = Retrieved(
-            found_images.numbers,
+            found_images.indices,
             found_images.tensor("features"),
-            found_texts.numbers,
+            found_texts.indices,
             found_texts.tensor("features"),
             evaluator.device,
         )

@@ -23,7 +23,7 @@ from beit3_ds.tasks.segmentation.sliding import SlidingWindows
 class ShownImage(NamedTuple):
     """Holds the pixels, true classes and predicted classes of an image that a result page shows."""
 
-    number: int
+    sample_index: int
     """Index of the image in its split."""
     pixels: Tensor
     """Pixels, (3, height, width) uint8."""
@@ -85,23 +85,23 @@ def segment_split(
     """
     settings, mesh = windows.settings, evaluator.mesh
     own = SegmentedImages(Confusion.empty(settings.num_classes))
-    shown = _shown_numbers(evaluation.get(split), settings) if with_files else set()
+    shown = _shown_indices(evaluation.get(split), settings) if with_files else set()
     for batch in evaluator.batches(split):
         images = unpack_whole(batch)
         for image, predicted in zip(images, _predict(evaluator, images, windows, patch_size), strict=True):
             if mesh.tensor.rank:  # the first rank counts the same predictions
                 continue
             own.add(image, predicted)
-            if image.number in shown:
-                own.shown.append(ShownImage(image.number, image.pixels, image.labels, predicted))
+            if image.sample_index in shown:
+                own.shown.append(ShownImage(image.sample_index, image.pixels, image.labels, predicted))
             if with_files and settings.writes_predictions:
-                own.label_maps.append((image.number, encode_label_map(predicted)))
+                own.label_maps.append((image.sample_index, encode_label_map(predicted)))
     shown_images = [tuple(image) for image in own.shown]
     collected = mesh.host.collect([own.confusion.counts_CC, own.num_images, shown_images, own.label_maps])
     return None if collected is None else _join(collected)
 
 
-def _shown_numbers(batches: EvaluationBatches | None, settings: SegmentationConfig) -> set[int]:
+def _shown_indices(batches: EvaluationBatches | None, settings: SegmentationConfig) -> set[int]:
     count = 0 if batches is None else batches.num_samples["images"]
     return set(choose_shown([None] * count, min(count, settings.page_samples)))
 
@@ -129,10 +129,10 @@ def picture(pixels: Tensor) -> Image.Image:
 
 
 def _join(collected: Sequence[Any]) -> SegmentedImages:
-    counts, numbers, shown, label_maps = zip(*collected, strict=True)
+    counts, num_images, shown, label_maps = zip(*collected, strict=True)
     return SegmentedImages(
         Confusion(torch.stack(counts).sum(0)),
-        sum(numbers),
-        sorted((ShownImage(*image) for of_rank in shown for image in of_rank), key=lambda image: image.number),
+        sum(num_images),
+        sorted((ShownImage(*image) for of_rank in shown for image in of_rank), key=lambda image: image.sample_index),
         [label_map for of_rank in label_maps for label_map in of_rank],
     )

@@ -68,17 +68,19 @@ def _interactions(model: ModelConfig, adapter: AdapterConfig, element_size: int,
     interaction.
     """
     hidden, patches, coarser = model.hidden_size, model.num_patches, _coarser(model)
-    width, number = adapter.value_size(hidden), adapter.num_interactions
+    width, num_interactions = adapter.value_size(hidden), adapter.num_interactions
     if recomputes:
-        return (number + 1) * hidden * (patches + coarser) * element_size
-    injectors = number * (3 * patches + coarser) * hidden * element_size
-    injectors += number * _deformable(patches, coarser, width, adapter.num_heads, 3 * adapter.num_points, element_size)
+        return (num_interactions + 1) * hidden * (patches + coarser) * element_size
+    injectors = num_interactions * (3 * patches + coarser) * hidden * element_size
+    injectors += num_interactions * _deformable(
+        patches, coarser, width, adapter.num_heads, 3 * adapter.num_points, element_size
+    )
     # Inputs and outputs of two norms, the FFN's output for stochastic depth, and three inputs within the FFN.
     per_cell = (4 + (model.drop_path_rate > 0)) * hidden + 3 * int(hidden * adapter.ffn_ratio)
     extractor = (coarser * per_cell + patches * hidden) * element_size
     extractor += _deformable(coarser, patches, width, adapter.num_heads, adapter.num_points, element_size)
     last = hidden * (patches + coarser) * element_size
-    return injectors + (number + adapter.num_extra_extractors) * extractor + last
+    return injectors + (num_interactions + adapter.num_extra_extractors) * extractor + last
 
 
 def _deformable(queries: int, rows: int, width: int, num_heads: int, num_points: int, element_size: int) -> int:

@@ -64,7 +64,7 @@ def pack(
     shape = (len(crops), model.image_size, model.image_size)
     labels = np.stack([crop.labels for crop in crops]) if crops else np.empty(shape, dtype=np.uint8)
     targets, host_targets = label_targets(labels, [crop.seed for crop in crops])
-    counts = [TermCounts.of(number, num_queries) for number in host_targets[CLASS_COUNTS].tolist()]
+    counts = [TermCounts.of(count, num_queries) for count in host_targets[CLASS_COUNTS].tolist()]
     batch = pack_grids(
         [crop.view for crop in crops],
         model.patch_size,
@@ -108,7 +108,7 @@ def _whole_targets(images: Sequence[WholeImage]) -> dict[str, Tensor]:
     sizes = [tuple(image.labels.shape) for image in images]
     nothing = torch.empty(0, dtype=torch.uint8)
     return {
-        INDICES: torch.tensor([image.number for image in images], dtype=torch.int64),
+        INDICES: torch.tensor([image.sample_index for image in images], dtype=torch.int64),
         SIZES: torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
         PIXELS: torch.cat([nothing, *(image.pixels.flatten() for image in images)]),
         TRUTH: torch.cat([nothing, *(image.labels.flatten() for image in images)]),
@@ -122,6 +122,6 @@ def unpack_whole(batch: PackedBatch) -> list[WholeImage]:
     pixels = batch.targets[PIXELS].split([3 * length for length in lengths])
     labels = batch.targets[TRUTH].split(lengths)
     return [
-        WholeImage("", number, own.view(3, *size), truth.view(*size))
-        for number, size, own, truth in zip(batch.targets[INDICES].tolist(), sizes, pixels, labels, strict=True)
+        WholeImage("", sample_index, own.view(3, *size), truth.view(*size))
+        for sample_index, size, own, truth in zip(batch.targets[INDICES].tolist(), sizes, pixels, labels, strict=True)
     ]

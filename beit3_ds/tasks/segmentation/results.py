@@ -44,8 +44,8 @@ def write_results(
     """
     if metrics:
         write_tables(result.confusion, names, folder)
-    for number, data in result.label_maps:
-        folder.write(f"{PREDICTIONS}/{_stem(stream, number)}.png", functools.partial(_write_bytes, data=data))
+    for sample_index, data in result.label_maps:
+        folder.write(f"{PREDICTIONS}/{_stem(stream, sample_index)}.png", functools.partial(_write_bytes, data=data))
     if result.shown:
         shown = functools.partial(_shown_samples, result.shown, stream, names)
         folder.write(PAGE, lambda path: write_result_page(path, "Segmentation", metrics, shown(), _note(result)))
@@ -125,7 +125,7 @@ def _shown_samples(images: Sequence[ShownImage], stream: Stream, names: Sequence
         truth = [color_labels(whole, image.truth.numpy())] if metrics else []
         yield ShownSample(
             images=[whole, *truth, draw_labels(whole, image.predicted.numpy(), names)],
-            title=stream.name(image.number),
+            title=stream.name(image.sample_index),
             lines=lines,
         )
 
@@ -134,7 +134,7 @@ def _note(result: SegmentedImages) -> str:
     return f"{len(result.shown)} of {result.num_images} images. Pixels without a label are dark in the truth."
 
 
-def _stem(stream: Stream, number: int) -> str:
-    source, index = stream.sources.locate(number)
+def _stem(stream: Stream, sample_index: int) -> str:
+    source, index = stream.sources.locate(sample_index)
     assert isinstance(source, SegmentationSamples)
     return source.source.stem(index)

@@ -41,7 +41,7 @@ class WholeImage(NamedTuple):
 
     name: str
     """Path of the image file, for messages."""
-    number: int
+    sample_index: int
     """Index of the image in its split."""
     pixels: Tensor
     """Pixels, (3, height, width) uint8."""
@@ -167,7 +167,7 @@ def build_augmentation(config: RunConfig, settings: SegmentationConfig) -> CropA
     )
 
 
-def _draw_factors(rng: np.random.Generator, number: int, rate: float) -> NDArray[np.float32]:
+def _draw_factors(rng: np.random.Generator, count: int, rate: float) -> NDArray[np.float32]:
     """Draws a stochastic-depth factor per branch: 0 with probability `rate`, otherwise 1 / (1 - rate)."""
-    keeps = rng.random(number) >= rate
+    keeps = rng.random(count) >= rate
     return (keeps / (1 - rate)).astype(np.float32)

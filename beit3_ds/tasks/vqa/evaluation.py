@@ -61,14 +61,14 @@ class AnsweredSplit:
             vocabulary: the answer list.
         """
         self._sources = batches.streams["pairs"].sources
-        self._numbers = results.numbers.tolist()
+        self._indices = results.indices.tolist()
         self._results = results
         labels = results.tensor("answer").tolist()
         self.answers = [vocabulary.answers[label] for label in labels]
 
     def __len__(self) -> int:
         """Returns the number of questions."""
-        return len(self._numbers)
+        return len(self._indices)
 
     @property
     def has_human_answers(self) -> bool:
@@ -79,7 +79,7 @@ class AnsweredSplit:
 
     def locate(self, place: int) -> tuple[VqaQuestions, int]:
         """Returns the source of question number `place`, and the index of the question in this source."""
-        samples, index = self._sources.locate(self._numbers[place])
+        samples, index = self._sources.locate(self._indices[place])
         assert isinstance(samples, VqaSamples)
         return samples.questions, index
 

@@ -51,7 +51,7 @@ def pack(
         sample_names=[sample.name for sample in samples],
         sources=sources,
     )
-    targets = {QUESTION_INDICES: torch.tensor([sample.number for sample in samples], dtype=torch.int64)}
+    targets = {QUESTION_INDICES: torch.tensor([sample.sample_index for sample in samples], dtype=torch.int64)}
     if predicts:
         scores = [sample.scores for sample in samples]
         targets[ANSWER_SCORES] = torch.stack(scores) if scores else torch.empty(0, num_answers)

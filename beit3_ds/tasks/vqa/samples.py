@@ -29,7 +29,7 @@ class VqaSample(NamedTuple):
 
     name: str
     """Name of the sample for messages: questions file, number of the line or sample in this file, and image path."""
-    number: int
+    sample_index: int
     """Index of the question in its split, from 0."""
     view: Tensor
     """Image after augmentation or resizing, (3, size, size) float32 in [-1, 1]."""
@@ -96,7 +96,7 @@ class VqaSamples:
             scores[label] = score
         return VqaSample(
             name=self.name(index),
-            number=key.index,
+            sample_index=key.index,
             view=self.view.of(text, *answers)(image, key.rng("view")),
             ids=np.array([self.tokenizer.bos_id, *pieces, self.tokenizer.eos_id], dtype=np.int64),
             scores=scores,

@@ -69,7 +69,7 @@ def _sample(number: int, size: tuple[int, int], num_objects: int) -> DetectionSa
     pixels = torch.randn(3, height, width, generator=draws)
     return DetectionSample(
         name=f"image {number}",
-        number=number,
+        sample_index=number,
         pixels=[pixels],
         seed=99 + number,
         objects=ImageObjects(boxes, labels, masks),
@@ -202,9 +202,9 @@ def test_it_fits_one_image() -> None:
 def test_detections_are_in_pixels_of_the_image_and_views_are_merged() -> None:
     model = _model().eval()
     image = torch.randn(3, 96, 64)
-    single = DetectionSample(name="a", number=4, pixels=[image], views=[View(0, (96, 64), (192, 128), False)])
+    single = DetectionSample(name="a", sample_index=4, pixels=[image], views=[View(0, (96, 64), (192, 128), False)])
     views = [View(0, (96, 64), (192, 128), False), View(0, (96, 64), (192, 128), True)]
-    flipped = DetectionSample(name="b", number=5, pixels=[image, image.flip(-1)], views=views)
+    flipped = DetectionSample(name="b", sample_index=5, pixels=[image, image.flip(-1)], views=views)
     batch = pack([single, flipped], None, {}, model=MODEL, num_terms=NUM_TERMS, embeds=True)
     with torch.no_grad():
         one, two = model(batch, None)

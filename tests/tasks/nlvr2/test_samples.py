@@ -44,9 +44,9 @@ def test_pairs_are_left_and_right(scenes: Path, tokenizer_files: dict[str, str])
     ((source, _), *_) = [stream.sources.locate(0)]
     assert isinstance(source, StatementSamples)
     for sample in samples:
-        sentence = source.statements.sentence(sample.number)
+        sentence = source.statements.sentence(sample.sample_index)
         for side in (0, 1):
-            image = source.statements.image(sample.number, side)
+            image = source.statements.image(sample.sample_index, side)
             pixels = torch.tensor(list(image.getdata())).view(32, 32, 3).permute(2, 0, 1) / 127.5 - 1
             mirrored = pixels.flip(-1)
             expected = pixels if "left" in sentence or "right" in sentence else mirrored

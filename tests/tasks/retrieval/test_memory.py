@@ -37,7 +37,7 @@ def build_batches(config: RunConfig, num_pairs: int) -> list[PackedBatch]:
     samples = [
         RetrievalSample(
             name=str(number),
-            number=number,
+            sample_index=number,
             view=torch.empty(0),
             texts=(rng.integers(0, 1000, 16),),
             image_id=number,

@@ -14,7 +14,7 @@ MODEL = small_model_config()
 def build_sample(number: int, lengths: tuple[int, ...]) -> RetrievalSample:
     return RetrievalSample(
         name=f"image {number}",
-        number=number,
+        sample_index=number,
         view=torch.full((3, 16, 16), float(number)),
         texts=tuple(np.full(length, 10 * number + length) for length in lengths),
         image_id=-number,

@@ -77,7 +77,7 @@ def test_samples_have_soft_targets_and_numbers(files: Files) -> None:
     ((_, samples),) = [item for item in opened.sources.items() if ".train" in item[0]]
     sample = samples.prepare(0, SampleKey(1, "pairs", 0, 0))
     torch.testing.assert_close(sample.scores, torch.tensor([1.0, 0.0, 0.0]))
-    assert sample.view.shape == (3, 32, 32) and sample.number == 0
+    assert sample.view.shape == (3, 32, 32) and sample.sample_index == 0
     (batch,) = opened.evaluation["validation"]
     assert batch.targets[ANSWER_SCORES].tolist() == [[0, 0, 0]]  # an answer out of the list still counts as a question
     assert batch.term_counts == (1, 1) and batch.targets[QUESTION_INDICES].tolist() == [0]
