@@ -47,7 +47,7 @@ def gelu(x):
 
 
 @triton.jit
-def order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
+def tile_of_program(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
     """Returns the row tile and the column tile that the Triton program with index `program` computes.
 
     Up to GROUP consecutive programs have the same column tile and different row tiles. The values that they all read,
@@ -63,7 +63,7 @@ def order(program, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
 def place(stop_0, stop_1, stop_2, num_column_tiles, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """Returns the expert, first row, number of rows and column tile of the running Triton program."""
     num_row_tiles = tl.cdiv(stop_0, ROWS) + tl.cdiv(stop_1 - stop_0, ROWS) + tl.cdiv(stop_2 - stop_1, ROWS)
-    row_tile, column_tile = order(tl.program_id(0), num_row_tiles, num_column_tiles, GROUP)
+    row_tile, column_tile = tile_of_program(tl.program_id(0), num_row_tiles, num_column_tiles, GROUP)
     expert, first, stop = find_row_tile(row_tile, stop_0, stop_1, stop_2, ROWS)
     return expert, first.to(tl.int64), stop - first, column_tile
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from beit3_ds.kernels.triton.expert_rows import rows_of
-from beit3_ds.kernels.triton.multiway_ffn import order, select_expert
+from beit3_ds.kernels.triton.multiway_ffn import select_expert, tile_of_program
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def weight_gradient_kernel(
     """
     row_tiles: tl.constexpr = (OUT + ROWS - 1) // ROWS
     column_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS
-    row_tile, column_tile = order(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    row_tile, column_tile = tile_of_program(tl.program_id(0), row_tiles, column_tiles, GROUP)
     layer = tl.program_id(1)
     share = tl.program_id(2)
     if SPLIT:
