@@ -42,7 +42,7 @@ class ViewTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length of a decoded image's shorter side in pixels; None requires the full size."""
+        """Returns the minimum length of a decoded image's shorter side in pixels; None if the full size is needed."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
         """Returns the views of an RGB image; takes all random numbers from `rng`."""

@@ -25,7 +25,7 @@ class ImagesByName:
 
         Args:
             path: a folder, or a glob pattern of tars that ends in `.tar`.
-            cache_dir: folder of the index files from `beit3 prepare index`; None scans the tars instead.
+            cache_dir: folder of the index files from `beit3 prepare index`; without one, the tars are scanned.
             files: cache of open files; None creates a new cache.
 
         Raises:

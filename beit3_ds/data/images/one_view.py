@@ -39,8 +39,8 @@ class ImageTransform(Protocol):
 
     @property
     def min_side(self) -> int | None:
-        """Returns how small an image may be decoded: the minimum length of its shorter side in pixels. None requires
-        the full size.
+        """Returns how small an image may be decoded: the minimum length of its shorter side in pixels; None if the full
+        size is needed.
         """
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
@@ -87,9 +87,8 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the shorter side, in pixels, that a decoded image must have so that no crop is enlarged.
-
-        None requires the full size.
+        """Returns the shorter side, in pixels, that a decoded image must have so that no crop is enlarged; None if
+        `min_crop_scale` is 0.
         """
         return smallest_side(self.image_size, self.min_crop_scale)
 
@@ -138,7 +137,7 @@ class PairView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length of a decoded image's shorter side in pixels; None requires the full size."""
+        """Returns the minimum length of a decoded image's shorter side in pixels; None if the full size is needed."""
         return self.default.min_side
 
     def of(self, *texts: str) -> ImageTransform:

@@ -63,7 +63,7 @@ class TarShards:
 
         Args:
             patterns: paths of tars or glob patterns.
-            cache_dir: folder of the index files from `beit3 prepare index`; None scans the tars instead.
+            cache_dir: folder of the index files from `beit3 prepare index`; without one, the tars are scanned.
             files: cache of open files; None creates a new cache.
 
         Raises:

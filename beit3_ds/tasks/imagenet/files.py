@@ -106,7 +106,7 @@ def read_class_tars(
     Args:
         pattern: path or glob pattern of the tar files.
         classes: the list of classes.
-        cache_dir: folder of the indices that `beit3 prepare index` wrote; None scans the tar files.
+        cache_dir: folder of the indices that `beit3 prepare index` wrote; without one, the tar files are scanned.
         files: cache of open files for the tar files; None creates a new cache.
 
     Raises:
