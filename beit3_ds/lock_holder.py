@@ -34,7 +34,7 @@ class Holder(NamedTuple):
 
 
 def this_process(command: str | None) -> Holder:
-    """Returns the description of this process, with `is_stopping` False: no stop signal has arrived yet.
+    """Returns the description of this process. Assumes that no stop signal has arrived yet (`is_stopping` is False).
 
     Args:
         command: what the process does; None uses the process's command line.

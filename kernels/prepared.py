@@ -8,9 +8,9 @@ from typing import Any
 class Prepared:
     """Decorator for a function that prepares an operator. Calling the decorated name prepares and runs the operator.
 
-    The function under the decorator (`prepare`) takes the operator's arguments, and returns a second function, which
-    runs the operator. The second function takes the same positional arguments. Later calls of the second function may
-    pass new tensors, but only with the same dtypes, sizes and device. Arguments that are not tensors must stay equal.
+    The decorated function (`prepare`) takes the operator's arguments, and returns a second function, which runs the
+    operator. The second function takes the same positional arguments. Later calls of the second function may pass new
+    tensors, but only with the same dtypes, sizes and device. Arguments that are not tensors must stay equal.
     `MeasuredOp` keeps the second function for later layers and batches.
     """
 

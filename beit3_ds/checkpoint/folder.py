@@ -163,7 +163,7 @@ class CheckpointFolder:
         """Views a tensor's weights, moments or averages as a matrix, and reads a slice of the matrix in float32.
 
         Args:
-            kind: one of `index.KINDS`, or `index.AVERAGE`. If the checkpoint has no averages, `index.AVERAGE` reads the
+            kind: one of `index.KINDS`, or `index.AVERAGE`. Averages that the checkpoint lacks are replaced by the
                 weights.
             name: name of the tensor.
             part: slice of the matrix.

@@ -60,7 +60,9 @@ class Hostfile:
 
     @property
     def is_local(self) -> bool:
-        """Returns whether the hostfile lists only this machine, under a loopback name; such a run needs no ssh."""
+        """Returns whether the hostfile lists only this machine, under a loopback name. A run on such hosts needs no
+        ssh.
+        """
         return len(self.hosts) == 1 and is_loopback(self.hosts[0].name)
 
     def ranks(self, name: str) -> range:

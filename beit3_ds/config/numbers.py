@@ -75,7 +75,8 @@ FinalLearningRate = Annotated[float, Range(0, 1)]
 LearningRateScale = Annotated[float, Range(0, 1e4, above=True)]
 """Factor on the learning rate of some parameters."""
 LayerDecay = Annotated[float, Range(0, 1, above=True)]
-"""Ratio of a layer's learning rate to that of the layer above. With 1, all layers have the same learning rate."""
+"""Ratio of a layer's learning rate to that of the next layer, which is closer to the output. With 1, all layers have
+the same learning rate."""
 WeightDecay = Annotated[float, Range(0, 10)]
 """Weight decay. Each step subtracts learning rate x weight decay x weight from each weight."""
 Decay = Annotated[float, Range(0, 1, below=True)]

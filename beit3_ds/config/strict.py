@@ -78,7 +78,8 @@ def load_section(cls: type[T], mapping: Any, where: str) -> T:
     """Builds the dataclass `cls`, and the dataclasses nested in it, from a JSON object.
 
     Numbers must be in the `Range` of their field's annotation. A nested dataclass may name one of its fields in a class
-    variable SHORTHAND. A string in place of the nested JSON object then sets this field.
+    variable SHORTHAND. In JSON, a string may then replace the object of the nested dataclass; the string sets this
+    field.
 
     Args:
         cls: dataclass to build.

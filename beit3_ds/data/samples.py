@@ -179,7 +179,7 @@ class Stream:
 def name_sources(split: Split, streams: Mapping[str, Stream], data: DataConfig) -> dict[str, SourceSamples]:
     """Maps names such as "data.images.train[0] (images/*.tar)" to the samples of each source.
 
-    If a stream has more or fewer sources than in the config, the names of its sources contain no path.
+    If the number of a stream's sources differs from the config, the names of these sources contain no path.
     """
     named: dict[str, SourceSamples] = {}
     for name, stream in streams.items():

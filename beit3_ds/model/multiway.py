@@ -123,8 +123,8 @@ class NormOutput(NamedTuple):
     """Holds the output of a MultiwayLayerNorm."""
 
     stream_TD: Tensor
-    """Input of the norm, returned for the residual connection. The norm's backward pass adds the gradient of the
-    residual connection to the gradient of the input."""
+    """Input of the norm, returned for the residual connection. In the backward pass, the norm adds the gradient of this
+    tensor to the gradient of its input."""
     h_TD: Tensor
     """Normalized rows."""
     recompute: Recomputable | None

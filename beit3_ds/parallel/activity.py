@@ -40,7 +40,7 @@ class Activity:
     def waits_for_ranks(self) -> bool:
         """Returns whether this rank waits for other ranks.
 
-        The rank waits while a thread is in a collective. It also waits after a collective has failed.
+        The rank waits while a thread is in a collective. After a collective has failed, this property is also True.
 
         Inspects the Python stacks of the main thread and of threads that `threading` does not list, such as torch's
         backward threads. GPU load cannot show a wait, because NCCL's kernels keep a waiting GPU busy.

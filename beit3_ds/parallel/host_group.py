@@ -49,7 +49,8 @@ class HostGroup:
         """Returns the subgroup of the given ranks, which must include this rank. Sends nothing.
 
         Args:
-            ranks: members of the subgroup, as numbered in this group. The subgroup numbers them from 0 in this order.
+            ranks: members of the subgroup, by their ranks in this group. Their ranks in the subgroup count from 0, in
+                the order of this argument.
         """
         chosen = tuple(ranks)
         return HostGroup(self.group, tuple(self.ranks[rank] for rank in chosen), chosen.index(self.rank))

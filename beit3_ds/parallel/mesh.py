@@ -116,7 +116,8 @@ class Mesh:
         return values
 
     def gather_rows_over_data(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Concatenates the rows of `x` from all data-parallel ranks in rank order. Each rank sends max(lengths) rows.
+        """Concatenates the rows of `x` from all data-parallel ranks in rank order. Each rank sends max(lengths) rows;
+        the result does not contain the padding.
 
         Args:
             x: device tensor with this rank's rows; only the first dimension may differ between ranks.

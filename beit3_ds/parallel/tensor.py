@@ -259,7 +259,7 @@ def own_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 
 
 def logical_part(parameter: nn.Parameter, local: Tensor | None = None) -> Tensor:
-    """Returns a view of this rank's part of a parameter without padding, in the shape of `own_part`.
+    """Returns a view of this rank's part of a parameter, in the shape of `own_part`. The view does not contain padding.
 
     Args:
         parameter: parameter that defines the split and the padding.

@@ -50,7 +50,9 @@ def gather_blocks_whole(model: nn.Module) -> None:
 
 
 def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
-    """Replaces functions of the DeepSpeed engine that do not fit the mesh, such as the one for the gradient norm."""
+    """Replaces some functions of the DeepSpeed engine, because they do not fit the mesh. For example, replaces the
+    function for the gradient norm.
+    """
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         if mesh.data_parallel_size == 1:

@@ -46,7 +46,8 @@ class FailureDetector:
 
         Args:
             reported: first error that a rank reported about itself; None without such an error.
-            are_beats_requested: whether all ranks were asked for a heartbeat, because a collective failed on one rank.
+            are_beats_requested: whether all ranks were asked for a heartbeat. They are asked after a collective has
+                failed on one rank.
         """
         statuses, parallel = self._statuses, self._parallel
         if reported is not None:

@@ -74,9 +74,9 @@ def _render(image: Image.Image) -> Image.Image:
 
 
 def _encode(image: Image.Image) -> bytes:
-    """Encodes an image as WebP, at the highest of eight qualities that gives at most MAX_IMAGE_BYTES.
+    """Encodes an image as WebP. Tries eight qualities from the highest, until the result has at most MAX_IMAGE_BYTES.
 
-    If no quality does, the image is encoded at the lowest.
+    If all results are larger, the image has the lowest quality.
     """
     data = b""
     for quality in (85, 80, 75, 70, 65, 60, 55, 50):

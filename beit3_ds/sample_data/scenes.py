@@ -34,7 +34,7 @@ class SceneObject(NamedTuple):
     color: str
     shape: str
     place: int
-    """Quarter of the image with the object, as an index into `PLACES`."""
+    """Index into `PLACES` of the quarter of the image that contains the object."""
 
     def __str__(self) -> str:
         """Returns the object in words with an article, such as `a red circle`."""

@@ -41,9 +41,9 @@ class WordBorders(NamedTuple):
     """Whether a word ends at each id, as far as the id itself tells, (vocab_size,). If True, the id that follows in a
     text starts a word. True for BOS, padding and EOS.
 
-    In a SentencePiece model that writes white space after words (`dog▁`), also True for pieces that end with white
-    space, and False for all other ids. In a model that writes white space before words (`▁dog`), True only for BOS,
-    padding and EOS. In such a model, `starts` tells where words start.
+    In a SentencePiece model that writes white space after words (`dog▁`), pieces that end with white space are True
+    too. All other ids are False. In a model that writes white space before words (`▁dog`), True only for BOS, padding
+    and EOS. In such a model, `starts` tells where words start.
     """
 
     def mark_word_starts(self, ids: NDArray[np.generic]) -> NDArray[np.bool_]:

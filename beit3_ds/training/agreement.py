@@ -20,8 +20,8 @@ _BLOCK_BYTES, _BLOCKS = 1 << 20, 64
 def check_same_sources(mesh: Mesh, sources: Mapping[str, HasFiles]) -> None:
     """Checks that all ranks found the same files in every data source, so that they read the same samples.
 
-    Compares digests of the names, sizes and sample counts of all files. All ranks must call this function. Each rank
-    sends one digest. If sources differ, one rank also sends its file lists of these sources.
+    All ranks must call this function. Each rank sends one digest of the names, sizes and sample counts of all files. If
+    sources differ, one rank also sends its file lists of these sources.
 
     Args:
         mesh: mesh of all ranks.

@@ -37,8 +37,9 @@ class DeviceMoves:
     def take(self, batch: PackedBatch) -> PackedBatch:
         """Returns the micro-batch `batch` on the device, and starts copying the next micro-batch.
 
-        The order is that of the list passed to `announce`. If `batch` was not copied ahead, it is copied now, and no
-        other copy starts. The host never waits for a copy; the device waits for the copy before using the micro-batch.
+        The order is that of the list passed to `announce`. If `batch` was not copied ahead, only `batch` is copied, and
+        the copy of the next micro-batch does not start. The host never waits for a copy; the device waits for the copy
+        before using the micro-batch.
         """
         if self._ahead is None or self._ahead[0] is not batch:
             return batch.to(self._device)

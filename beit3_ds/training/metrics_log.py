@@ -44,7 +44,9 @@ class MetricsLog:
         return [record for record in map(_parse, self._lines()) if record is not None]
 
     def figures(self) -> list[dict[str, Any]]:
-        """Returns the "step", the "kind" and all numbers of each record with a "kind", such as "train"."""
+        """Returns the "step", the "kind" (such as "train") and all numbers of each record. Skips records without a
+        "kind".
+        """
         records = [record for record in self.records() if isinstance(record.get("kind"), str)]
         return [
             {

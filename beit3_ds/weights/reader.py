@@ -157,8 +157,8 @@ def open_for_import(path: str | Path, *, image_size: int | None = None) -> Relea
 
     Args:
         path: path of the file.
-        image_size: side of the images in pixels, to which position embeddings are interpolated; None keeps the file's
-            size.
+        image_size: side of the images in pixels; position embeddings are interpolated to this size. None keeps the
+            image size of the file's model.
 
     Raises:
         ConfigError: if the file cannot be read, contains objects that could run code, or has an unknown format.

@@ -137,8 +137,8 @@ class ReleasedFile:
 def exported_model(note: ExportNote) -> ModelConfig:
     """Returns the configuration of the model in a file that this program exported to unilm's format.
 
-    The model has no vision-language experts, so a pair needs the vision and the language experts. The model accepts a
-    kind of input (images, texts or pairs) only if the file has the needed experts in every block.
+    The file contains no vision-language experts, so a pair needs the vision and the language experts. The model accepts
+    a kind of input (images, texts or pairs) only if the file has the needed experts in every block.
     """
     letters = reference_branches(note.model, fusion=note.format == "unilm-fusion")
     needs = {"images": {"A"}, "texts": {"B"}, "pairs": {"A", "B"}}

@@ -64,7 +64,7 @@ def head_keys(held: Collection[str]) -> dict[str, str]:
     The MIM and MLM heads are not included.
 
     Args:
-        held: names of all tensors in the weights. The names may be unilm's or this project's; the result is the same
+        held: names of all tensors in the weights. These may be unilm's or this project's names; the result is the same
             for both.
     """
     names = set(held)

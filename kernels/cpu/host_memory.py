@@ -25,7 +25,7 @@ from torch import Tensor
 _ALIGNMENT = 64
 """Alignment of a tensor's first byte, in bytes; PyTorch's allocator uses the same value."""
 _MAP_NORESERVE = 0x4000
-"""Flag MAP_NORESERVE from Linux's mman.h, which Python 3.11 does not define."""
+"""Value of MAP_NORESERVE in Linux's mman.h; Python 3.11 does not define this flag."""
 
 
 class Gaps:

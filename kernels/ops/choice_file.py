@@ -27,7 +27,7 @@ and one set of software versions."""
 class ChoiceFile:
     """Reads and extends the list of fastest implementations on one device.
 
-    If a file cannot be read or written, the operators are measured again.
+    If the file of the list cannot be read or written, the implementations are measured again.
     """
 
     def __init__(self, name: str, folder: Path | None, shipped: Path = SHIPPED) -> None:

@@ -1,8 +1,8 @@
-"""Adds the output of attention or FFN to the residual stream, after tensor-parallel ranks have summed it.
+"""Adds the output of attention or FFN, summed over tensor-parallel ranks, to the residual stream.
 
 This output is called a branch below. On a CPU, PyTorch writes a new tensor in two passes: the first pass adds the bias
-to the branch, and the second pass adds the residual stream. On a GPU, a kernel from `triton/residual_add.py` adds both
-in one pass. If PyTorch's operations are faster on a GPU, they are used instead (`measured_op`).
+to the branch, and the second pass adds the residual stream. On a GPU, a kernel from `triton/residual_add.py` adds bias
+and residual stream in one pass. If PyTorch's operations are faster on a GPU, they are used instead (`measured_op`).
 """
 
 # T packed rows, D width, E experts; expert e owns rows [stops[e - 1], stops[e]).

@@ -42,8 +42,9 @@ class SubNorm(NamedTuple):
     def join_statistics(self, mean_T: Tensor, squares_T: Tensor, local_width: int) -> tuple[Tensor, Tensor]:
         """Combines the ranks' statistics into the mean and 1 / standard deviation of each row over all columns.
 
-        Gathers two floats per row from each rank. The sums of squared deviations are corrected to the common mean (Chan
-        et al., 1979). This avoids the cancellation in E[x^2] - E[x]^2.
+        Gathers two floats per row from each rank. Each rank's sum of squared deviations from its own mean is converted
+        to the sum of squared deviations from the common mean (Chan et al., 1979). This method avoids the cancellation
+        in E[x^2] - E[x]^2.
 
         Args:
             mean_T: mean of each row over this rank's columns.

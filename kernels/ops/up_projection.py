@@ -33,7 +33,7 @@ from beit3_ds.kernels.prepared import Prepared
 
 
 class Activation(NamedTuple):
-    """Holds the input of an output projection, before and after the GELU. Gradients flow through `x_TF` only."""
+    """Holds the output of an up projection before and after the GELU. Gradients flow through `x_TF` only."""
 
     x_TF: Tensor
     """Output of the FFN's up projection before the GELU, or attention's merged heads."""

@@ -234,7 +234,7 @@ _TUNER = Tuner()
 def row_class(num_rows: int) -> int:
     """Returns the logarithm to base 2 of a row count, rounded up and at least 11.
 
-    `Tuner` measures once per value: for up to 2048 rows, for up to 4096 rows, for up to 8192 rows, and so on.
+    `Tuner` measures once per result of this function: for up to 2048 rows, for 2049 to 4096 rows, and so on.
     """
     return max(_LEAST_ROW_CLASS, (num_rows - 1).bit_length())
 

@@ -92,7 +92,7 @@ def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[
 def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Callable[..., Tensor]:
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
@@ -114,7 +114,7 @@ def out_projection(
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert. All tensors are contiguous.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         a_TF: input rows.
@@ -152,7 +152,7 @@ def up_projection(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes u_TF = h @ w.T + b with each row's expert, and a_TF = gelu(u_TF) with the exact (erf) GELU.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         h_TD: input rows, contiguous.
@@ -181,7 +181,7 @@ def input_gradient(
 ) -> Callable[..., Tensor]:
     """Computes the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         dy_TD: gradient of the layer's output, contiguous.

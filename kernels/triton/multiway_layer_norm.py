@@ -37,11 +37,11 @@ def forward_kernel(
     EPSILON: tl.constexpr,
     GELU: tl.constexpr,
 ):
-    """Normalizes the input rows to rows h, and computes the statistics of the input rows.
+    """Normalizes rows, and computes the statistics of each row before normalization.
 
-    With GELU, the input rows are GELU(x), rounded to x's dtype. Without GELU, they are x. One Triton program computes
-    consecutive rows of one expert. The statistics of T rows are (2, T) float32: the mean of each row, then 1 / standard
-    deviation of each row.
+    With GELU, the kernel normalizes GELU(x), rounded to x's dtype. Without GELU, it normalizes x. One Triton program
+    computes consecutive rows of one expert. The statistics of T rows are (2, T) float32: the mean of each row, then 1 /
+    standard deviation of each row.
     """
     expert, start, stop = rows_of(tl.program_id(0), rows, stop_0, stop_1, stop_2)
     w = load_of_expert(expert, w_0_ptr, w_1_ptr, w_2_ptr, D, BLOCK)

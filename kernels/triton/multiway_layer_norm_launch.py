@@ -37,7 +37,7 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Applies each expert's LayerNorm to the expert's rows.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         x_TD: rows, contiguous, in float32 or in the parameters' dtype.
@@ -80,12 +80,12 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.
-        d_residual_TD: gradient of the residual stream, contiguous, which the kernel adds to dx; None without
-            such a gradient.
+        d_residual_TD: gradient of the residual stream, contiguous; the kernel adds this gradient to dx. None if there
+            is no such gradient.
         x_TD: see `forward`, also for stops, weights, tiling and gelu.
         statistics_2T: statistics that `forward` returned.
         in_place: whether to store dx in the memory of dh.

@@ -29,7 +29,7 @@ def qkv(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Applies each expert's three linear layers to the expert's rows; returns q_TF, k_TF and v_TF.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
@@ -57,7 +57,7 @@ def qkv_input_gradient(
 ) -> Callable[..., Tensor]:
     """Computes the gradient of the three layers' common input: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         dq_TF: gradient of the queries, contiguous.

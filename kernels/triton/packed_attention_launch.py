@@ -119,7 +119,7 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the attention output and the log-sum-exp of each query.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         q_THK: queries, contiguous, like k_THK and v_THK.
@@ -161,7 +161,7 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Computes the gradients dq, dk and dv. The kernels use no atomics, so the results are deterministic.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         dy_THK: gradient of y_THK.

@@ -35,7 +35,7 @@ def forward(
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         residual_TD: residual stream, contiguous.
@@ -72,7 +72,7 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function.
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
         dy_TD: gradient of y, contiguous.

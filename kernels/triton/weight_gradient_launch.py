@@ -45,7 +45,7 @@ def weight_gradient(
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    Because of the decorator `Prepared`, a call returns the results described below, not a function. Results are
+    The decorator `Prepared` runs the returned function, so a call returns the results themselves. Results are
     deterministic for given numbers of rows, which determine the order of summation.
 
     Args:
@@ -130,8 +130,8 @@ def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) 
     """Returns a maximum for the number of rows per share, chosen so that a launch takes the least modelled time.
 
     The rows of each expert are divided into shares. A Triton program computes one tile of a weight gradient from the
-    rows of one share. In the model, programs run in waves, one program per multiprocessor. A wave takes time in
-    proportion to the rows of a share. Each program also adds a fixed time to the launch, for its partial sums.
+    rows of one share. The model of time assumes that programs run in waves, one program per multiprocessor. The time of
+    a wave is proportional to the rows of a share. Each program of the launch adds a fixed time for its partial sums.
 
     Args:
         lengths: number of rows of each expert.

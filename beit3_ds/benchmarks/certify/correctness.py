@@ -78,7 +78,7 @@ def measure(recorder: Recorder) -> None:
 def _kernel_checks(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields the name and the function of each op's self-check.
 
-    The self-checks test only this project's kernels and, in half precision, PyTorch's variable-length attention.
+    The self-checks test this project's kernels. In half precision, they also test PyTorch's variable-length attention.
     """
     for dtype in _DTYPES:
         for module in _CHECKED:

@@ -32,8 +32,8 @@ class Recorder:
             section: name of the section.
             path: path of the results file.
             call: number of this call of `beit3 certify`.
-            is_dry_run: whether this is a dry run (`dry_run`). A dry run's results are undefined, so checks are not
-                recorded.
+            is_dry_run: whether this is a dry run (`dry_run`). In a dry run, the results of kernels are undefined, so
+                their checks are not recorded.
         """
         self._is_dry_run = is_dry_run
         self._compilations, self._num_counted = Compilations(), 0

@@ -46,8 +46,8 @@ class Peak(NamedTuple):
 def choose_size(size: str | None, ranks: int, folder: Path) -> Choice:
     """Returns the given model size, or the largest size that fits into memory and on the disk.
 
-    To predict the memory of a size, the function measures the memory of each smaller size in `_MEASURED`. It assumes
-    that memory is linear in the number of parameters.
+    To predict the memory of a size, the function measures smaller sizes (`_MEASURED`), and assumes that memory is
+    linear in the number of parameters.
 
     Raises:
         ConfigError: if the given size is unknown or does not fit, or if no size fits.

@@ -173,7 +173,9 @@ def _image_folder(folder: str) -> Batches:
 
 
 def _decode(jpegs: list[bytes]) -> Batches:
-    """Yields batches of decoded images without further work, as an upper limit for the speed of loaders."""
+    """Yields batches of images that are only decoded. The speed of this function is an upper limit for the speed of
+    loaders.
+    """
     while True:
         for start in range(0, len(jpegs), _BATCH):
             for jpeg in jpegs[start : start + _BATCH]:

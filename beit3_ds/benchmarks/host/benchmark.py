@@ -16,7 +16,7 @@ _PLAIN, _ZERO3 = "without ZeRO", "ZeRO-3"
 _STAGES = {_PLAIN: 0, _ZERO3: 3}
 
 Round = dict[str, dict[str, Any]]
-"""Figures of one round. The keys are the name of the ZeRO stage, then the name of the figure."""
+"""Figures of one round: maps the name of a ZeRO stage to figures by name."""
 
 
 def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:

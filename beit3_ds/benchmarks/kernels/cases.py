@@ -24,7 +24,7 @@ def build_cases(size: str, samples: int, device: torch.device, dtype: torch.dtyp
 
     Args:
         size: model size, a key of MODEL_SIZES.
-        samples: number of images, equal to the number of pairs and to the number of texts.
+        samples: number of images. There are as many pairs, and as many texts.
         device: device of all tensors.
         dtype: dtype of all tensors.
     """

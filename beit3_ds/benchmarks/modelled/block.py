@@ -1,5 +1,5 @@
-"""Models the GPU time of each op of a block, forward and backward, before the optimization of the code and with the
-current code.
+"""Models the GPU time of each op of a block, forward and backward, for the current code and for the code before
+optimization.
 
 Before the optimization, each op has one Triton kernel, without alternatives. Queries, keys and values are three
 products. For weight gradients, each Triton program sums over all rows of an expert. The norms of sub-LN are computed

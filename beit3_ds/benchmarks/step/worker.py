@@ -73,9 +73,9 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that prepares a batch and returns a `Turn`.
+    """Returns a function that prepares a batch and returns a `Turn`, whose function is timed.
 
-    The timed function of the `Turn` computes the matrix products of one training step.
+    The timed function computes only the matrix products of one training step.
     """
     dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 

@@ -30,8 +30,7 @@ class LauncherProcess:
             commands: commands that together start the guards of all ranks. A guard is the parent of a training process.
             environment: complete environment of the commands.
             folder: working directory of the commands.
-            log: file for the commands' output. Calls of this object's methods append the output that has arrived since
-                the previous call.
+            log: file for the commands' output. Output is appended whenever a method of this object is called.
 
         Raises:
             OSError: if a command does not exist.

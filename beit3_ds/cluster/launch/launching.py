@@ -57,7 +57,8 @@ class LaunchOptions:
     environment: Sequence[str]
     """Environment variables to forward in addition to the default ones, each as NAME or NAME=VALUE."""
     keepalive_seconds: float
-    """Seconds without a message after which `beit3 launch` and a host consider each other lost."""
+    """Number of seconds: if `beit3 launch` and a host exchange no message for this time, each considers the other lost.
+    """
     start_seconds: float
     """Maximum seconds until the guards, which start the training processes, have connected to `beit3 launch`."""
     port: int

@@ -8,7 +8,8 @@ from beit3_ds.data.files.reading import read_with_retries, storage_error
 
 
 class Folder:
-    """Reads whole files of one folder. File names are relative paths from annotation files.
+    """Reads whole files of one folder. The names of the files come from annotation files, and are paths relative to the
+    folder.
 
     A name must not lead out of the folder through `..`, an absolute path or a symbolic link to a file. Symbolic links
     to folders are allowed; a file in a linked folder counts as inside.

@@ -148,7 +148,8 @@ class _Reader:
     def member(self) -> Any:
         """Decodes and returns the value of an object member, at the current position.
 
-        A list may be longer than `_MAX_ELEMENT` characters. Its elements and all other values may not.
+        The limit of `_MAX_ELEMENT` characters applies to each element of a list, not to the whole list. It also applies
+        to all other values.
         """
         return list(self.elements()) if self._next() == "[" else self.value()
 

@@ -25,8 +25,9 @@ def expand_patterns(patterns: Iterable[str]) -> list[str]:
     folder, it matches only this path.
 
     Raises:
-        ConfigError: if a pattern or an alternative in braces matches nothing, if a pattern with wildcards that does not
-            end in `**` matches a folder, if a match is a pipe, a socket or a device, or if a file is matched twice.
+        ConfigError: if a pattern or an alternative in braces matches nothing, if a folder matches a pattern with
+            wildcards and the pattern does not end in `**`, if a match is a pipe, a socket or a device, or if a file is
+            matched twice.
         StorageError: if the file system fails.
     """
     files: list[str] = []

@@ -128,8 +128,9 @@ def read_conceptual_captions(
 def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None:
     """Adds a sample for each row that has both an image and a caption; skips and counts all other rows.
 
-    The images are in the image folder of `samples`. The file name of an image is the number of its row, from 0. Two
-    kinds of images are also skipped and counted: images without a row, and all images of a row but the first.
+    The images are in the image folder of `samples`. The file name of an image is the number of its row, from 0. An
+    image without a row is also skipped and counted. If several images have the number of one row, for example with
+    different extensions, all except the first are skipped and counted.
 
     Args:
         samples: collection that receives the samples.

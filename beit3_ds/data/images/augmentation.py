@@ -128,7 +128,9 @@ class CenterViews:
 
     @property
     def min_side(self) -> None:
-        """Returns None: images are decoded in full size, so that views do not depend on the file format."""
+        """Returns None: images are decoded in full size. A reduced size, which only JPEG supports, would change the
+        views.
+        """
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
         """Returns both views of an RGB image; does not use `rng`."""

@@ -102,8 +102,8 @@ def _files_in(folder: Folder, inside: str) -> set[str]:
 def _number_keys(shards: TarShards) -> dict[str, int]:
     """Maps the names of images in tars to sample numbers.
 
-    An image's name is its path in the tar without extension. The last component of this path is a second name, if no
-    other image has the same last component.
+    An image's name is its path in the tar, without extension. If no other image has the same last component of the
+    path, this component is a second name of the image.
     """
     keys = [shards.key(number) for number in range(len(shards))]
     numbers: dict[str, int] = {}

@@ -56,7 +56,9 @@ class ResizedView:
 
     @property
     def min_side(self) -> None:
-        """Returns None: images are decoded in full size, so that the view does not depend on the file format."""
+        """Returns None: images are decoded in full size. A reduced size, which only JPEG supports, would change the
+        view.
+        """
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """Resizes an RGB image to (3, image_size, image_size) float32 in [-1, 1]; does not use `rng`."""

@@ -17,9 +17,8 @@ _BLOCK = 128
 """Number of samples per block of a `SourceSubset`. To find one sample, the whole block is computed."""
 _CHUNK = 1 << 20
 _GONE = 1 << 40
-"""Exclusive upper limit of the sample numbers of sources in the config. This value is also the length of the range of
-sample numbers that is reserved for each removed source. A removed source is no longer in the config. The reserved
-ranges start at this value or above it."""
+"""Sample numbers of sources in the config are below this value. Each removed source, which is no longer in the config,
+has a reserved range of sample numbers at or above this value. The length of a reserved range is also this value."""
 
 Bounds = Callable[[int], tuple[int, int]]
 """Maps a source's id to the source's first sample number in the stream, and to one past the last."""
@@ -196,8 +195,8 @@ def from_nodes(nodes: Sequence[Any], bounds: Bounds) -> RemainingSamples:
 
     Args:
         nodes: result of `to_nodes`.
-        bounds: function that takes the id of a source. It returns the source's current first sample number, and its
-            current last sample number plus one. For a removed source, it returns the result of `gone_bounds`.
+        bounds: function that takes the id of a source. The function returns the source's current first sample number,
+            and its current last sample number plus one; for a removed source, the result of `gone_bounds`.
     """
     built: list[RemainingSamples] = []
     for kind, *values in nodes:

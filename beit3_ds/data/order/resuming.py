@@ -218,7 +218,8 @@ class _Continuation:
     def _remaining_of_set(self, ids: Sequence[int]) -> RemainingSamples:
         """Returns those samples of the sources `ids` that are unused in the checkpoint's current epoch.
 
-        If the checkpoint's stream has weights, each source has its own epoch, so `ids` must contain one source only.
+        If the checkpoint's stream has sampling weights, each source has its own epoch, so `ids` must contain one source
+        only.
         """
         stored = self._stored
         set_index = 0 if stored.weights is None else self._set_index[ids[0]]

@@ -38,9 +38,8 @@ class StreamOrder:
     def __call__(self, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the epochs and the sample numbers at given offsets from the stored position.
 
-        If the stream has sampling weights, the epoch counts passes over the sample's source. Otherwise, it counts
-        passes over the whole stream. Sample numbers start with the samples of source 0, followed by source 1, and so
-        on.
+        With sampling weights, an epoch is one pass over the sample's source. Without them, an epoch is one pass over
+        the whole stream. Sample numbers start with the samples of source 0, followed by source 1, and so on.
 
         Args:
             since: offsets in samples, (n,) int64.

@@ -110,7 +110,9 @@ def _skip_runs(positions: NDArray[np.int64], skipped: NDArray[np.int64]) -> NDAr
 
 
 def _kind(piece: str, starts_word: bool, ends_word: bool) -> int:
-    """Returns the sum of flags such as `_ENDS`: whether a vocabulary entry can begin, end or continue a sentence."""
+    """Returns the sum of three flags such as `_ENDS`. They tell whether a vocabulary entry can begin, end and continue
+    a sentence.
+    """
     if ends_word and piece.endswith(_SPACE):
         # White space follows, so any mark ends a sentence, whatever comes next.
         kind = _kind(piece[:-1], starts_word, ends_word=False) if piece != _SPACE else 0

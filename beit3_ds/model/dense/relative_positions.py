@@ -87,8 +87,8 @@ class RelativePositions(nn.Module):
         """Returns the products of each query with its table entries, (T, H, J).
 
         A query has one table entry for each row and one for each column of the largest window or image. In a smaller
-        window or image, some of these rows and columns have no keys. Their products are unused. Along J, the products
-        for rows come before the products for columns.
+        window or image, some of these rows and columns have no keys. Table entries for such rows and columns have
+        products too, which are unused. Along J, the products for rows come before the products for columns.
         """
         tables: list[Tensor] = []
         entries: list[Tensor] = []

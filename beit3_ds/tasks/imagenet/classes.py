@@ -68,7 +68,7 @@ class ClassList:
         return hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
 
     def label(self, key: str, where: str) -> int:
-        """Returns the label of the class with a key.
+        """Returns the label of the class that has the given key.
 
         Args:
             key: key of the class.

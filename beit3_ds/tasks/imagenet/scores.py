@@ -121,7 +121,7 @@ def _encode_classes(evaluator: Evaluator, batches: Sequence[PackedBatch], num_cl
 def _interleave(own: Tensor, outputs: Sequence[StepFeatures], mesh: Mesh, num_classes: int) -> Tensor:
     """All-gathers the class features from the data-parallel ranks, and sorts them by class label.
 
-    With R data-parallel ranks, rank r has encoded batches r, r + R, r + 2 R and so on.
+    If there are R data-parallel ranks, batches r, r + R, r + 2 R and so on come from rank r.
     """
     lengths = mesh.data_host.gather([len(output.rows[TEXT_FEATURES]) for output in outputs])
     gathered = mesh.gather_rows_over_data(own, [sum(of_rank) for of_rank in lengths])

@@ -232,7 +232,9 @@ def read_nlvr2(path: str, folder: str) -> Statements:
 
 
 def _prefix(folder: str, split: str) -> str:
-    """Returns the subfolder of `folder` that contains a split's images, with a "/" at the end; "" if there is none."""
+    """Returns the subfolder of `folder` that contains a split's images, with a "/" at the end. If there is no such
+    subfolder, returns "".
+    """
     found = (name for name in (split, f"images/{split}") if os.path.isdir(os.path.join(folder, name)))
     name = next(found, "")
     return f"{name}/" if name else ""

@@ -25,8 +25,8 @@ def match_ranks(
 ) -> Tensor:
     """Returns the rank of each query's right candidate, (queries,) int64 on the CPU.
 
-    A rank is the number of wrong candidates that score higher than the right candidate or tie with it (`TIE`). If a
-    query has several right candidates, the one with the highest score counts.
+    The rank of a candidate is the number of wrong candidates that score higher or tie with it (`TIE`). If a query has
+    several right candidates, the one with the highest score counts.
 
     Scores are computed in float32, in blocks of queries with at most 2^24 scores per block. Several processes may share
     the blocks; the elementwise maximum of their results is the complete result. The blocks, and therefore the rounding
@@ -36,7 +36,7 @@ def match_ranks(
         query_QD: features of all queries, (queries, features), normalised to length 1.
         candidate_ND: features of all candidates, (candidates, features), normalised to length 1.
         matches: indices of the right candidates of each query, at least one per query.
-        rank: index of this process.
+        rank: index of this process among the processes that share the work.
         num_ranks: number of processes; the result is -1 for queries of other processes.
     """
     assert len(matches) == len(query_QD), f"{len(matches)} lists of matches for {len(query_QD)} queries"

@@ -22,8 +22,8 @@ class CropAugmentation:
     """Draws a square crop of an image and its label map at a random scale.
 
     The scale defines the size of the crop before resizing: at scale factor 1, the crop's side is as long as the shorter
-    side of the image. Then only the crop is resized, not the whole image. Where the crop exceeds the image, it is
-    padded on the right and at the bottom with grey pixels without labels.
+    side of the image. A crop may exceed the image; grey pixels without labels then pad the crop on the right and at the
+    bottom. Only the crop is resized, not the whole image.
     """
 
     size: int

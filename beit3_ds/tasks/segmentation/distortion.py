@@ -16,9 +16,9 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114])
 def distort(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     """Changes brightness, contrast, saturation and hue of an image, each with probability 0.5.
 
-    Brightness changes first. Contrast changes either before or after both saturation and hue, with equal probability.
-    Unlike SSD, this function changes saturation and hue without conversion to HSV, at a tenth of the cost. Saturation
-    blends colours with grey; hue rotates colours around the grey axis.
+    Brightness changes first. Contrast changes either directly after brightness or last, with equal probability. Unlike
+    SSD, this function changes saturation and hue without conversion to HSV, at a tenth of the cost. Saturation blends
+    colours with grey; hue rotates colours around the grey axis.
 
     Args:
         pixels: image, (3, height, width) float32 in [0, 255].

@@ -35,7 +35,8 @@ def code_picture_path(tokenizer: Path) -> Path:
     """Returns the path of the picture that shows a tokenizer's codes. The picture is in the folder of the tokenizer's
     file.
 
-    Only the extension ".safetensors" is replaced, so tokenizers named `v.one` and `v.two` have different pictures.
+    The extension ".safetensors" is replaced. Other extensions are kept, so tokenizers named `v.one` and `v.two` have
+    different pictures.
 
     Args:
         tokenizer: path of the tokenizer's file.

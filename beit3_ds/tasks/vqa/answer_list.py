@@ -41,8 +41,8 @@ def choose_answers(
         where: name of the loaded weights, for messages.
 
     Raises:
-        ConfigError: if there is no list, or the list does not have `task.num_answers` answers or differs from the list
-            of the loaded weights.
+        ConfigError: if there is no list, if the number of its answers is not `task.num_answers`, or if the list differs
+            from the list of the loaded weights.
     """
     if settings.answer_list:
         found, origin = AnswerVocabulary.load(Path(settings.answer_list)), f"task.answer_list={settings.answer_list}"

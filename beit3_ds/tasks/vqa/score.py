@@ -38,7 +38,8 @@ def question_accuracy(answers: Sequence[str], prediction: str) -> float:
 
 
 def score_questions(questions: Iterable[ScoredQuestion]) -> dict[str, float]:
-    """Returns the mean accuracy in percent: over all questions, over each question type, and over each answer type.
+    """Returns the mean accuracy in percent: one value for all questions, one per question type, and one per answer
+    type.
 
     The keys are `accuracy`, `accuracy/question/TYPE` and `accuracy/answer/TYPE`. As in the official evaluator, values
     are rounded to two decimals. The values do not depend on the order of the questions.
