@@ -256,8 +256,8 @@ class PackedBatch(RowLayout):
     def to(self, device: torch.device) -> "PackedBatch":
         """Returns the batch on `device`, without waiting for the device (`copy_to_device`).
 
-        `host_targets` stay in host memory. Also computes, in host memory, the values that later code derives from the
-        batch, such as the sequences that stochastic depth keeps. A step therefore never reads these values back from
+        `host_targets` stay in host memory. Values that later code needs on the host, such as the sequences that
+        stochastic depth keeps, are computed here from host memory. A step therefore never reads these values back from
         the device.
         """
         if self.token_ids.device == device:

@@ -1,4 +1,4 @@
-"""Escapes unprintable characters in texts from files, file names and other machines."""
+"""Escapes unprintable characters in file names, and in texts from files and from other machines."""
 
 
 def printable(text: str, limit: int | None = None) -> str:

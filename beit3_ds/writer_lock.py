@@ -308,7 +308,7 @@ class WriterLock:
             self._contended_at = time.monotonic()
 
     def _close(self) -> None:
-        """Closes the lock file, which releases the lock unless this process inherited the file by a fork."""
+        """Closes the lock file. This releases the lock, unless the process inherited the file by a fork."""
         _HELD.discard(self)
         if self._file >= 0:
             os.close(self._file)

@@ -23,7 +23,7 @@ Turn = tuple[Callable[[], float], dict[str, Any]]
 
 
 class TurnProcess:
-    """Controls the process of one side, which is one of the compared implementations.
+    """Controls the process of one side. A side is one of the compared implementations.
 
     Each call of `take_turn` makes the process compute one batch. The controlled process uses as many threads as the
     process that starts it.

@@ -44,7 +44,8 @@ _FILE_OF_KIND = {kind: file for file, kinds in FILE_KINDS.items() for kind in ki
 
 
 class CheckpointFolder:
-    """Reads a complete checkpoint: the index is valid, and all files exist with the right sizes.
+    """Reads a complete checkpoint. A checkpoint is complete if its index is valid, and all files exist with the right
+    sizes.
 
     `find_damage` and `find_fault` read whole files to verify their digests. Other methods read only the requested
     values.

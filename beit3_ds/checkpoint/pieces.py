@@ -184,7 +184,7 @@ def _read_rows(folder: Path, index: Index) -> Rows:
 
 
 def _parse_rows(pieces: Mapping[str, Sequence[Any]]) -> Rows:
-    """Returns the pieces in an index of format 1 as an array with one row per piece.
+    """Converts the pieces in an index of format 1 to an array with one row per piece.
 
     In the index, each piece is a list of rank, top, bottom, left and right.
     """

@@ -93,10 +93,10 @@ def own_block(shape: torch.Size, split: Split | None) -> TensorSlice:
 
 
 def slice_range(block: TensorSlice, start: int, stop: int) -> Iterator[tuple[int, TensorSlice]]:
-    """Divides a range of a block's elements into slices of the tensor.
+    """Divides a range of elements of a padded block into slices of the tensor.
 
-    A range has up to three slices: the end of a row, whole rows, and the beginning of a row. Elements past the end of
-    the block are omitted: they are padding, of the vocabulary or of ZeRO's partitions.
+    A range has up to three slices: the end of a row, whole rows, and the beginning of a row. Padding after the block's
+    elements is omitted. It comes from the vocabulary or from ZeRO's partitions.
 
     Args:
         block: a tensor-parallel rank's block of the tensor.

@@ -32,15 +32,15 @@ class HeldWeights(NamedTuple):
 
 
 def find_mismatch(weights: Iterable[HeldWeights], step: int) -> str | None:
-    """Compares samples of the optimizer's and the model's weights; describes one range that differs.
+    """Compares some elements of the optimizer's weights with the model's weights; describes one range that differs.
 
     Args:
         weights: ranges to compare.
-        step: number of steps so far; selects the samples.
+        step: number of steps so far; selects the compared elements.
 
     Returns:
         A short text with the tensor's name, and either how many elements differ or which sizes differ; None if all
-        samples are equal.
+        compared elements are equal.
     """
     names, differing, num_compared = [], [], []
     fault: str | None = None

@@ -45,7 +45,7 @@ def plan_prefetch(
         pairs_per_sample: number of image-text pairs per sample of `data.pairs`; 2 for NLVR2.
 
     Raises:
-        ConfigError: if there are data workers and a single step exceeds the limit.
+        ConfigError: if `data.num_workers` is not 0 and a single step exceeds the limit.
     """
     data = config.data
     num_bytes = step_bytes(config, data_parallel_size, views, pairs_per_sample=pairs_per_sample)

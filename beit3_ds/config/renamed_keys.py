@@ -34,7 +34,9 @@ a tokenizer."""
 
 
 def with_new_keys(config: Any) -> Any:
-    """Returns an old checkpoint's configuration with current key names and sections, without `TOKENIZER_KEYS`."""
+    """Returns an old checkpoint's configuration with the current names and sections of keys. `TOKENIZER_KEYS` are left
+    out.
+    """
     renamed = _rename(config)
     if not isinstance(renamed, dict):
         return renamed

@@ -67,8 +67,8 @@ class MultiwayAttention(nn.Module):
             x_TD: this rank's rows of the residual stream; with sequence parallelism, only a part of the T rows.
             factor_T: stochastic-depth factor of each row of `x_TD`; None without stochastic depth.
             layout: row ranges of the sequences and of the experts.
-            attend: function that computes this rank's heads from queries, keys and values; all are (T, H, K), with all
-                T rows. None computes attention within the sequences of `layout`.
+            attend: function that computes this rank's heads from queries, keys and values. Arguments and result are (T,
+                H, K), with all T rows. None computes attention within the sequences of `layout`.
         """
         slices, num_rows = layout.expert_slices(self.experts), layout.num_rows
         stream_TD, h_TD, recompute = self.norm(x_TD, self.tensor.own_slices(slices, num_rows))

@@ -14,10 +14,10 @@ files.
 
 
 def stored_names(names: Iterable[str]) -> dict[str, str]:
-    """Maps the current name of each tensor in a file to the name in the file, in the file's order.
+    """Maps the current names of a file's tensors to their names in the file, in the order of the file.
 
     Args:
-        names: names of all tensors in the file, old or current.
+        names: names of all tensors in the file; a name may be old or current.
     """
     return {_current_name(name): name for name in names}
 

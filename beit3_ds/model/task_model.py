@@ -49,8 +49,8 @@ class Head(nn.Module, ABC):
             with_loss: whether to return loss terms instead of predictions.
 
         Returns:
-            Without loss, the task's predictions. With loss, one differentiable float32 sum per loss term. If the loss
-            compares samples with each other, such as a contrastive loss, `StepFeatures` instead.
+            Without loss, the task's predictions. With loss, one differentiable float32 sum per loss term. A head whose
+            loss compares samples with each other, such as a contrastive loss, returns `StepFeatures` instead of sums.
         """
 
 

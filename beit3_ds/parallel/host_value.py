@@ -34,7 +34,7 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def allocate_tensors(header: bytes) -> list[Tensor]:
-    """Creates one uninitialized tensor for each shape and dtype in the JSON from `pack`."""
+    """Creates an uninitialized tensor for each tensor in the JSON from `pack`, with the same shape and dtype."""
     kinds, _ = json.loads(header)
     return [torch.empty(shape, dtype=_DTYPES[dtype]) for dtype, *shape in kinds]
 

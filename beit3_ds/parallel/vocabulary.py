@@ -87,8 +87,8 @@ class VocabParallelHead(nn.Module):
 
         Args:
             weight: the word embedding's parameter, which becomes this layer's weight. None on a pipeline stage without
-                the word embedding: the weight becomes an uninitialised buffer outside of the state dict. The first
-                stage then sends the embedding's values to this buffer (`pipeline.tied`).
+                the word embedding. This layer's weight then becomes an uninitialised buffer outside of the state dict,
+                and the first stage sends the embedding's values to the buffer (`pipeline.tied`).
         """
         own = self.weight
         del self.weight

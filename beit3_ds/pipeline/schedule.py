@@ -108,9 +108,9 @@ class Schedule:
     ) -> CoupledStep | None:
         """Prepares a step whose loss compares all samples (`step_loss`). Returns None if there is no `step_loss`.
 
-        With several micro-batches, a first forward pass computes the features of all micro-batches, which the loss
-        compares. The last stage then computes the loss's gradients with respect to the features. With one micro-batch,
-        nothing is computed here, and `CoupledStep.total` computes the gradients later.
+        With several micro-batches, a first forward pass computes the features of all micro-batches. The loss compares
+        these features. The last stage then computes the loss's gradients with respect to the features. With one
+        micro-batch, nothing is computed here, and `CoupledStep.total` computes the gradients later.
         """
         if self.step_loss is None:
             return None

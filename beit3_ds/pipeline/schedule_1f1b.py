@@ -38,7 +38,7 @@ def schedule_1f1b(num_micro_batches: int, stage: int, num_stages: int, num_chunk
 
 
 def _action(forward: bool, k: int, num_stages: int, num_chunks: int) -> Action:
-    """Returns a stage's k-th forward pass, or its k-th backward pass, with k from 0.
+    """Returns the k-th forward or backward pass of a pipeline stage, with k from 0.
 
     With several model chunks, micro-batches form groups of `num_stages`. A group passes through one model chunk
     completely before it enters the next model chunk.

@@ -78,10 +78,11 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """Divides the items with index `start` or higher into `chunks` chunks that each cost at most `limit`.
+        """Finds the most even division of the items with index `start` or higher into `chunks` chunks. Each chunk costs
+        at most `limit`, a variable of `cut`.
 
-        Returns the smallest sum of squared chunk costs, and the end of each chunk. If there is no such division,
-        returns infinity and an empty tuple.
+        The most even division has the smallest sum of squared chunk costs. Returns this sum and the end of each chunk;
+        infinity and an empty tuple if there is no division.
         """
         ends = [len(costs)] if chunks == 1 else range(start + 1, len(costs) - chunks + 2)
         best: tuple[float, tuple[int, ...]] = (float("inf"), ())

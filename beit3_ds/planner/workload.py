@@ -43,8 +43,8 @@ class Workload(NamedTuple):
     every_row: BlockRows
     """Numbers of rows in a block that skips no rows."""
     kept_rows: tuple[BlockRows, ...] = ()
-    """Numbers of rows in each block if attention and FFN skip the sequences that stochastic depth drops; empty without
-    stochastic depth."""
+    """Numbers of rows that attention and FFN compute in each block, without the sequences that stochastic depth drops;
+    empty without stochastic depth."""
 
     @property
     def masked(self) -> int:

@@ -38,7 +38,7 @@ class RetryingFile:
         """Whether the last write failed, so that the file is incomplete."""
 
     def append(self, content: bytes) -> None:
-        """Appends bytes, after earlier bytes that are not written yet."""
+        """Appends bytes to the file. Earlier bytes that could not be written are tried again first."""
         self._missing += content
         self.retry()
 

@@ -135,7 +135,8 @@ def _write_statements(folder: Path, split: str, count: int, rng: random.Random, 
 
 
 def write_classes(folder: Path, count: int, rng: random.Random, size: int) -> None:
-    """Writes images with one object each to one folder per class, cycling through the classes of `class_names`.
+    """Writes images into one folder per class, cycling through the classes of `class_names`. Each image shows one
+    object.
 
     Args:
         folder: folder of the split.

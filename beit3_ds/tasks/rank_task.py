@@ -138,8 +138,8 @@ class RankTask:
     ) -> Self:
         """Opens the samples of the splits in `share`; opens none on a rank that does not read samples.
 
-        With `Task.has_validation_loss`, the samples of splits other than "train" stay in memory: at most
-        `TrainingConfig.loss_samples` samples per kind. The main rank prints a warning for each pair of splits with
+        If the task has a validation loss (`Task.has_validation_loss`), at most `TrainingConfig.loss_samples` validation
+        samples per kind are opened, and stay in memory. The main rank prints a warning for each pair of splits with
         common images.
 
         Args:

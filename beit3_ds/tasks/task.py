@@ -116,9 +116,9 @@ class Task(ABC):
         """Loads the settings and checks everything that needs no files.
 
         Raises:
-            ConfigError: if the settings are invalid, the task does not support the layout of ranks or a source's
-                format, `model.inputs` lacks one of the task's `inputs`, or word embeddings are tied but the head
-                predicts no words.
+            ConfigError: if the settings are invalid, if the task does not support the layout of ranks, if it does not
+                accept a source's format, if `model.inputs` lacks one of the task's `inputs`, or if word embeddings are
+                tied but the head predicts no words.
         """
         _check_formats(config, self.formats)
         self.config = config
@@ -285,7 +285,7 @@ class Task(ABC):
         return None
 
     def score_results(self, paths: Sequence[str], split: Split, folder: ResultFolder) -> dict[str, float]:
-        """Scores result files of a split without a model, writes tables, and returns the metrics by name.
+        """Scores a split's result files, writes tables, and returns the metrics by name. No model is needed.
 
         By default, a task cannot score result files, and this method always raises an error.
 

@@ -24,7 +24,7 @@ class OrientedGradients:
 
     Gradients are described by histograms of orientation (HOG; Dalal and Triggs, 2005, "Histograms of Oriented Gradients
     for Human Detection"). In MaskFeat (Wei et al., 2022, arXiv:2112.09133), such histograms were as good targets as the
-    features of a network. Mean colours distinguish flat patches.
+    features of a network. Patches without gradients differ in their mean colours only.
 
     The patch itself gives one histogram and 2 x 2 mean colours. The 3 x 3 patches centred on the patch give one
     histogram and one mean colour. Each histogram is normalised, so that faint strokes count nearly as much as bold

@@ -134,7 +134,9 @@ def _build_batch(task: Task) -> PackedBatch:
 
 @contextmanager
 def _tensor_parallel(parallel: ParallelConfig) -> Iterator[TensorParallel]:
-    """Yields a group of `parallel.tensor_parallel_size` ranks. Its collectives leave results undefined."""
+    """Yields a group of `parallel.tensor_parallel_size` ranks without communication: the results of its collectives are
+    undefined.
+    """
     size = parallel.tensor_parallel_size
     if size == 1:
         yield TensorParallel()

@@ -58,7 +58,7 @@ class MetricsLog:
         ]
 
     def forget_after(self, step: int) -> None:
-        """Deletes the records of steps after `step`, which a resumed run repeats.
+        """Deletes the records of steps after `step`; a resumed run repeats these steps.
 
         Lines that are not valid records are kept.
         """

@@ -86,7 +86,7 @@ class Progress:
 
     @property
     def has_updates(self) -> bool:
-        """Returns whether there is a loss to report: any step after the last progress line that was not skipped."""
+        """Returns whether there is a loss to report: whether a step after the last progress line was not skipped."""
         return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:

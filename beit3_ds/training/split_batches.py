@@ -13,7 +13,7 @@ from beit3_ds.storage_error import StorageError
 
 
 class SplitBatches:
-    """Iterates over this rank's batches of a split, together with all other ranks.
+    """Iterates over this rank's batches of a split, in step with all other ranks.
 
     Ranks that do not read data receive their batches from ranks that do. Before each batch, all ranks exchange three
     integers to check that every rank has a batch. An error or a stop signal on one rank therefore ends the iteration on

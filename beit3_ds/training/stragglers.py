@@ -35,8 +35,8 @@ class TimedSteps:
 class Stragglers:
     """Compares the times that ranks spend before they wait for each other.
 
-    The duration of a whole step shows no straggler, because all ranks wait for the slowest. Ranks of the same pipeline
-    stage do the same work, so two other times are compared among them:
+    The duration of a whole step shows no straggler, because all ranks wait for the slowest. Two other times are
+    compared among the ranks of each pipeline stage, which should do the same work:
 
     * "data": the time that a reading rank waits for its data workers and disks.
     * "work": the time to move batches to the device and, on the stage with the head, to encode images as visual tokens.
@@ -70,10 +70,10 @@ class Stragglers:
             step_seconds: mean seconds per step.
 
         Returns:
-            Values for metrics.jsonl, and lines about the stragglers. Each line names one straggler. There are at most
-            four such lines for "data", and at most four for "work". A fifth line gives the number of further
-            stragglers. The values are three for "data" and three for "work": the rank whose time exceeds the median of
-            its stage by the most seconds, that rank's seconds per step, and the median.
+            Values for metrics.jsonl, and lines about the stragglers. For each kind of time, up to four lines name one
+            straggler each, and a fifth line gives the number of further stragglers. There are three values per kind of
+            time: the rank whose time exceeds the median of its stage by the most seconds, that rank's seconds per step,
+            and the median.
         """
         seconds = torch.zeros(self._mesh.num_ranks, len(_MEASURES), dtype=torch.float64)
         seconds[self._mesh.host.rank] = torch.tensor([stopwatch.take() / steps for stopwatch in self._stopwatches])

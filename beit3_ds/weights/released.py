@@ -1,7 +1,7 @@
 """Reads weights in the format of BEiT-3's reference code (unilm), as tensors with this project's names.
 
-Names and shapes follow unilm's code. This reader was never tested with the official files. A file that this program did
-not export gives a model with the layout `decoupled` (`ModelConfig.layout`).
+Names and shapes follow unilm's code. This reader was never tested with the official files. The model has the layout
+`decoupled` (`ModelConfig.layout`), unless this program exported the file.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ from beit3_ds.weights.unilm_names import (
 class ReleasedFile:
     """Reads a weights file in unilm's format (pretrained or fine-tuned), tensor by tensor on demand.
 
-    A head of VQAv2, NLVR2, captioning, retrieval or ImageNet becomes the head of that task. A tensor that this project
-    does not use is named `EXTRA_PREFIX` plus its key in the file. A file that this program exported contains a note
-    with the model's configuration (`exported_model`).
+    A head for VQAv2, NLVR2, captioning, retrieval or ImageNet becomes this project's head for the task. A tensor that
+    this project does not use is named `EXTRA_PREFIX` plus its key in the file. A file that this program exported
+    contains a note with the model's configuration (`exported_model`).
 
     Attributes:
         path: path of the file.

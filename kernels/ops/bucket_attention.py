@@ -32,7 +32,7 @@ def _attend_bucket(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, bucket: Bucket) 
 
 
 class _AttendOnCPU(torch.autograd.Function):
-    """Computes attention on a CPU, one bucket at a time, and saves no copies of rows for the backward pass.
+    """Computes attention on a CPU, one bucket at a time. Saves no gathered copies of rows for the backward pass.
 
     Autograd would save gathered and padded copies of the rows. This class saves the packed rows and the log-sum-exps.
     Its backward pass gathers the packed rows again, and writes each gradient once.

@@ -293,7 +293,7 @@ def _backward_by_operators(
 ) -> list[Tensor]:
     """Returns the same gradients as `_backward_cpu`, but each operation computes all rows, not one block of rows.
 
-    If the columns of the norm are split over ranks, all-reduces two sums per row.
+    If the columns of the norm are split over ranks, this function all-reduces two sums per row.
     """
     ends = form.ends
     if norm is None or form.norm is None:

@@ -150,8 +150,7 @@ def prepare_rows(
 def for_experts(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """Repeats the last parameter of a list until the list has NUM_EXPERTS parameters.
 
-    Kernels always take NUM_EXPERTS parameters. The list has one parameter for each expert of the model, which may be
-    fewer.
+    Kernels always take NUM_EXPERTS parameters, but a model may have fewer experts, and so fewer parameters in the list.
     """
     missing = NUM_EXPERTS - len(parameters)
     return [*parameters, *[parameters[-1]] * missing] if missing else parameters

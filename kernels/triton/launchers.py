@@ -1,7 +1,7 @@
-"""Stores C launchers in Triton's cache, so that older Triton versions need not compile launchers on a GPU machine.
+"""Stores C launchers in Triton's cache, so that Triton versions before 3.8 need not compile launchers on a GPU machine.
 
-Triton 3.6 builds one extension module per kernel signature, and one module with utilities. Triton 3.8 has one launcher
-for all kernels, so nothing is stored.
+Triton 3.6 builds one extension module per kernel signature, and one module with utilities. From Triton 3.8 on, there is
+one launcher for all kernels, so nothing is stored.
 """
 
 import hashlib

@@ -25,7 +25,7 @@ class LogitsTiling(NamedTuple):
     gradient_rows: int
     """Rows that a Triton program of `gradient_kernel` computes per loop step."""
     gradient_programs: int
-    """Approximate number of Triton programs of `gradient_kernel`: the number that an H100 runs at once."""
+    """Approximate number of Triton programs of `gradient_kernel`. An H100 runs about this number at once."""
     num_stages: int
     """Number of loop steps whose memory loads overlap (software pipelining)."""
 

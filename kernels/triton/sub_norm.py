@@ -82,7 +82,7 @@ def normalize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes one block of n = LN(a). Without NORM, n is a. With GELU, a is gelu(x); otherwise, a is x.
+    """Computes one block of n = LN(a), or n = a without NORM. With GELU, a = gelu(x); otherwise, a = x.
 
     The forward pass does not save n. The backward pass computes n again for the weight gradient.
     """
@@ -179,9 +179,9 @@ def norm_gradient_kernel(
     xhat is the standardised row (a - mean) * rstd. With NORM, da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1
     / WIDTH). Without NORM, da is dn.
 
-    For each row, sums_0 is the sum of dn * scale, and sums_1 is the sum of dn * scale * xhat. These sums and WIDTH
-    cover the columns of all ranks. dx may be stored in the memory of dn, because a program reads its block before it
-    writes the block.
+    For each row, sums_0 is the sum of dn * scale, and sums_1 is the sum of dn * scale * xhat, both over the columns of
+    all tensor-parallel ranks. WIDTH is the number of these columns. dx may be stored in the memory of dn, because a
+    program reads its block before it writes the block.
     """
     expert, first, rows, real_rows, columns, real_columns = _place(stop_0, stop_1, stop_2, N, ROWS, COLUMNS)
     offsets = rows[:, None] * N + columns[None, :]

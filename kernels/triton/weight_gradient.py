@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernel of weight gradients. One launch computes those of all layers that share an input."""
+"""Defines the Triton kernel of weight gradients. One launch computes the gradients for all layers with the same input.
+"""
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 #

@@ -35,8 +35,9 @@ each element of the bias has a column too."""
 _MOST_SHARES = 16
 _ROUNDING = 64
 _PROGRAM_ROWS = 5
-"""Modelled cost of one Triton program's partial sums, in rows: the program could multiply this many rows while the sums
-are written and read. One row takes 1/128 microsecond. The sums are 64 KB, written and read at 3.35 TB/s."""
+"""Modelled time of writing and reading one Triton program's partial sums, as a number of rows: the program could
+multiply this many rows in the same time. One row takes 1/128 microsecond. The sums are 64 KB, written and read at 3.35
+TB/s."""
 
 
 @Prepared

@@ -44,8 +44,8 @@ class Timing(NamedTuple):
 class Clock:
     """Times calls on one device.
 
-    On a GPU, large matrix products run before each timed call, and keep the GPU busy until Python has launched the
-    call. They also keep the clock rate high, and replace the content of the L2 cache.
+    On a GPU, large matrix products run before each timed call. The products keep the GPU busy until Python has launched
+    the call, keep the GPU's clock rate high, and replace the content of the L2 cache.
     """
 
     def __init__(self, device: torch.device) -> None:

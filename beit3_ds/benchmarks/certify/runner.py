@@ -47,9 +47,9 @@ def certify(
         architecture: compute capability of a GPU to emulate (`dry_run`): 80, 90 or 100. None measures this machine.
 
     Returns:
-        Exit status: 1 if no call has described the machine, or if a section to run did not complete or has a failed
-            measurement or check (`write_report`); otherwise 0. Success in an earlier call counts. A section that lacks
-            a package or a GPU does not count as failed.
+        Exit status 0 if the machine is described, and all requested sections are complete without a failed measurement
+        or check (`write_report`), in this call or in an earlier call. Otherwise 1. A section that lacks a package or a
+        GPU counts as complete.
 
     Raises:
         ConfigError: if a name in `only` is unknown, the folder contains other files, or the results are from another

@@ -125,7 +125,7 @@ def _ours(folder: str) -> Batches:
 
 
 class _BeitTransform:
-    """Prepares an image like BEiT's pretraining, with torchvision's transforms."""
+    """Prepares an image with torchvision's transforms, as BEiT's pretraining does."""
 
     def __init__(self) -> None:
         from torchvision import transforms

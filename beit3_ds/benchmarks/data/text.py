@@ -78,8 +78,8 @@ def _sample_sentences() -> Iterator[str]:
 def _compare_speed(folder: Path, model: str, tokenizer: TextTokenizer) -> list[dict[str, float]]:
     """Measures the CPU seconds of `write_tokens` and of SentencePiece's encoding, for one corpus with one thread.
 
-    Both functions run twice per round, in opposite orders. Returns the CPU seconds of each round, and the ratio of
-    SentencePiece's time to the time of `write_tokens`.
+    In each round, the two functions run in one order, and then in the reverse order. Returns the CPU seconds of each
+    round, and the ratio of SentencePiece's time to the time of `write_tokens`.
     """
     corpus = folder / "speed.txt"
     write_corpus(corpus, _SPEED_BYTES)

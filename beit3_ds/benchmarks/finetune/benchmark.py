@@ -28,7 +28,7 @@ DECODED_IMAGES = 16
 """Number of images per round of caption generation."""
 
 Row = dict[str, dict[str, Any]]
-"""Figures of one round. The keys are the implementation, then the name of the figure."""
+"""Figures of one round: maps the name of an implementation to figures by name."""
 
 
 def benchmark_finetune(

@@ -91,7 +91,8 @@ def _next_logits(
 ) -> Tensor:
     """Returns the logits of each caption's next token, (captions, vocabulary).
 
-    Also adds the newest token and the mask token of each caption to the cache, `state`.
+    BEiT-3 predicts the next token at a mask token, which follows the caption's last token. Also adds both of these
+    tokens to the cache, `state`.
     """
     device = next(model.parameters()).device
     tokens = torch.tensor([[caption[-1], model.mask_id] for caption in captions], device=device)

@@ -38,7 +38,7 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
 
 
 def describe_forwarded(forwarded: Mapping[str, str]) -> list[str]:
-    """Returns one line per forwarded variable. Shows the values of `FORWARDED_NAMES` only.
+    """Returns one line per forwarded variable. Only lines of variables in `FORWARDED_NAMES` contain the value.
 
     Other values may be secrets.
     """

@@ -14,8 +14,8 @@ _ACCEPTED_AT_ONCE = 32  # connections accepted in one go; each needs a file desc
 class Listener:
     """Accepts connections at one port, and runs a task for each connection until the task or the listener ends.
 
-    The listener creates the tasks itself. If asyncio created the tasks, they would print a traceback whenever the
-    program ends before they end.
+    The listener creates and ends these tasks itself. The tasks of asyncio's own server print a traceback if they still
+    run when the program ends.
     """
 
     def __init__(self, serve: Callable[[Channel], Coroutine[Any, Any, None]]) -> None:

@@ -161,7 +161,7 @@ class Channel:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self.last_heard = time.monotonic()
-        """Monotonic time of the peer's last message in seconds."""
+        """Time of the peer's last message: seconds on the monotonic clock."""
 
     def send(self, message: Message) -> None:
         """Sends a message without waiting. Errors are ignored, because `last_heard` shows that a peer is lost."""

@@ -35,7 +35,7 @@ class TrainerProcess:
     ) -> None:
         """Starts the trainer. Must be called in the main thread.
 
-        The kernel kills the trainer when the thread that started it ends.
+        Linux kills the trainer when this thread ends.
 
         Args:
             start: command and environment of the trainer.

@@ -59,7 +59,7 @@ def iterate_json_lists(path: str, *keys: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_json_members(path: str, *keys: str) -> dict[str, Any]:
-    """Returns the members of a JSON object that have the given keys; keeps no other member in memory.
+    """Returns those members of a JSON object whose keys are given. Other members are not kept in memory.
 
     Raises:
         OSError: if the file cannot be read.

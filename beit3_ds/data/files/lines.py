@@ -8,9 +8,9 @@ _CHUNK = 1 << 20
 
 
 def iterate_lines(file: IO[AnyStr], limit: int) -> Iterator[AnyStr]:
-    """Yields the lines of a file with their newlines; skips the part of a line after `limit` + 1 bytes or characters.
+    """Yields the lines of a file with their newlines, cut off after `limit` + 1 bytes or characters.
 
-    A yielded line that is longer than `limit` may have been cut. A carriage return alone does not end a line.
+    A line of `limit` + 1 bytes or characters may be cut off. A carriage return alone does not end a line.
     """
     while line := file.readline(limit + 1):
         if len(line) > limit:

@@ -171,7 +171,8 @@ def _matches(path: str, pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
-    """Returns the paths that match a glob pattern; unlike Python's `**`, it does not follow circular links forever.
+    """Returns the paths that match a glob pattern. Unlike Python's `glob`, this function does not follow circular links
+    forever.
 
     Raises:
         ConfigError: if a folder below `**` cannot be read.

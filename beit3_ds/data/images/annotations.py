@@ -155,7 +155,7 @@ def _add_rows(samples: CollectedAnnotations, captions: Iterable[object]) -> None
 
 
 def _image_rows(paths: CompactStrings, samples: CollectedAnnotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Finds the rows that have an image. The file name of an image is the number of its row.
+    """Finds the rows of the caption table that have an image. The file name of an image is the number of its row.
 
     Skips an image if its name is not a number or its row already has an image. `samples` counts the skipped images.
 

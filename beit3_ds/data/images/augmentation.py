@@ -154,7 +154,8 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
     """Draws a crop with random area and aspect ratio (Szegedy et al., 2014, arXiv:1409.4842, section 6).
 
     The area, as a fraction of the image, is uniform in [min_scale, 1]. The aspect ratio is log-uniform in [3/4, 4/3].
-    If ten draws do not fit the image, the result is the largest centered crop with an aspect ratio in this range.
+    If none of ten draws fits into the image, the result is the largest centered crop with an aspect ratio in [3/4,
+    4/3].
 
     Args:
         size: width and height of the image in pixels.
@@ -178,7 +179,7 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def smallest_side(view_size: int, min_scale: float) -> int | None:
-    """Returns the shorter side, in pixels, that an image must have so that no random crop is enlarged.
+    """Returns how long an image's shorter side must be, in pixels, so that no random crop is enlarged.
 
     Args:
         view_size: side in pixels to which the crops of `random_crop_box` are resized.

@@ -43,7 +43,8 @@ class StoredStrings:
 
 
 class CompactStrings(StoredStrings):
-    """Stores strings with an overhead of 8 bytes each, compared with at least 57 bytes in a list of `str`.
+    """Stores strings with an overhead of 8 bytes per string. A list of `str` has at least 57 bytes of overhead per
+    string.
 
     Accepts any Python string, even a file name that is not UTF-8. Strings can only be appended.
     """

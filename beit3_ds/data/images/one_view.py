@@ -89,7 +89,7 @@ class AugmentedView:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the shorter side, in pixels, that a decoded image must have so that no crop is enlarged; None if
+        """Returns how long a decoded image's shorter side must be, in pixels, so that no crop is enlarged; None if
         `min_crop_scale` is 0.
         """
         return smallest_side(self.image_size, self.min_crop_scale)

@@ -39,7 +39,7 @@ class TarShards:
 
     | found | rule |
     |---|---|
-    | truncated tar, also between two members; damaged header; second tar appended | `ConfigError` |
+    | truncated tar, even if cut between two members; damaged header; second tar appended | `ConfigError` |
     | at the start, tar whose size or modification time differs from its index | `ConfigError` |
     | tar that changes its size or modification time during the run | `BrokenRecordError` |
     | changed bytes with unchanged size and modification time | found by `beit3 prepare index --verify` |

@@ -14,8 +14,8 @@ _BLOCKS = "blocks "
 class KeyedPermutation:
     """Computes a random permutation of range(size) in constant memory.
 
-    A Feistel network permutes the numbers 0 to 2^(2b) - 1, with the smallest b for which this range contains
-    range(size). A result outside range(size) is permuted again (cycle walking), fewer than four times on average.
+    A Feistel network permutes range(4^b), where b is the smallest integer with 4^b >= size. A result outside
+    range(size) is permuted again (cycle walking), fewer than four times on average.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:

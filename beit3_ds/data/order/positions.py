@@ -95,7 +95,8 @@ class StreamPosition:
         return sum(source.size for source in self.sources)
 
     def base_key(self, set_index: int) -> tuple[str | int, ...]:
-        """Returns the key of a set's permutations, without the epoch; the sets of a stream have different keys.
+        """Returns the part of a set's permutation key that does not depend on the epoch. The sets of a stream have
+        different keys.
 
         Args:
             set_index: index of the set in `sets`.
@@ -129,12 +130,12 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, set_index: int) -> RemainingSamples | None:
-        """Returns the samples that were shuffled again in a set's current epoch; None if the epoch was not shuffled
-        again.
+        """Returns the samples that were last shuffled again in a set's current epoch; None if the epoch was not
+        shuffled again.
 
         A run that resumes with changed data, sampling weights or seed shuffles the unused samples of the current epoch
-        again. If this happened several times, the last time counts. If the stream has sampling weights, each source is
-        a set. Without sampling weights, the whole stream is one set.
+        again. If the stream has sampling weights, each source is a set. Without sampling weights, the whole stream is
+        one set.
 
         Args:
             set_index: index of the set in `sets`.

@@ -25,7 +25,9 @@ Bounds = Callable[[int], tuple[int, int]]
 
 
 class RemainingSamples(Protocol):
-    """Interface of an ordered set of samples, such as the samples of a stream that an epoch has not used yet."""
+    """Interface of an ordered set of samples. An example is the set of a stream's samples that are still unused in an
+    epoch.
+    """
 
     def __len__(self) -> int:
         """Returns the number of samples in the set."""

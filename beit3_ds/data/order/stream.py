@@ -60,7 +60,7 @@ class StreamOrder:
     def _find(self, set_index: int, since: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the epochs and the sample numbers at given offsets in one set, (n,) int64 each.
 
-        A set is one source if the stream has weights, and the whole stream otherwise.
+        With sampling weights, each source is a set. Without them, the whole stream is one set.
 
         Args:
             set_index: index of the set in `StreamPosition.sets`.

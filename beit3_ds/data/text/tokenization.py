@@ -56,7 +56,7 @@ def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: P
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
     A paragraph that fits into a sequence stays whole. A longer paragraph starts a new sequence, and `cutter` cuts it,
-    between sentences if possible. If the next paragraph fits after the last part, it goes into the same sequence.
+    between sentences if possible. The sequence with its last part also takes the next paragraph if that fits.
 
     Args:
         chunks: paragraphs from `encode_paragraphs`; empty paragraphs have no effect.

@@ -22,7 +22,7 @@ class CurrentRecord:
             descriptor = os.memfd_create("beit3_ds current record")
             os.ftruncate(descriptor, _BYTES)
         self.descriptor = descriptor
-        """File descriptor of the shared memory, which can be sent to another process."""
+        """File descriptor for the shared memory. The descriptor can be sent to another process."""
         self._memory = mmap.mmap(descriptor, _BYTES)
 
     def set(self, name: str) -> None:

@@ -112,8 +112,8 @@ class WorkerProcess:
             seconds: maximum wait in seconds; 0 does not wait.
 
         Returns:
-            The reply, or None if no complete reply has arrived. The wait also ends early with None if the worker's
-            start message or an incomplete reply arrives.
+            The reply, or None if no complete reply has arrived. If the worker's start message or a part of a reply
+            arrives, the wait ends at once, and the result is None.
 
         Raises:
             WorkerDiedError: if the worker ended without a reply.

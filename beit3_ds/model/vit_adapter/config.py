@@ -59,7 +59,8 @@ class AdapterConfig:
             )
 
     def block_ranges(self, num_layers: int) -> list[range]:
-        """Returns the range of blocks (0-based) that each interaction surrounds.
+        """Returns one range of blocks (0-based) per interaction. The injector comes before the range, and the extractor
+        after it.
 
         If the blocks cannot be divided evenly, earlier interactions have one block more than later ones.
         """

@@ -91,7 +91,7 @@ class Extractor(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Applies an FFN that has a depthwise 3 x 3 convolution on each pyramid map before the GELU."""
+    """Applies an FFN. Before the GELU, each pyramid map goes through a depthwise 3 x 3 convolution."""
 
     def __init__(self, hidden_size: int, ffn_size: int) -> None:
         super().__init__()

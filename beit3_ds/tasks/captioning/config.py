@@ -22,8 +22,8 @@ class CaptioningConfig:
     drop_after_steps: Count = 12_000
     """Number of steps after which `dropped_share` takes effect. Earlier steps use all masked tokens."""
     generation: Literal["at_end", "always", "never"] = "at_end"
-    """Which evaluations generate captions. `at_end` means `beit3 evaluate`, and each evaluation that may be the last of
-    a run. Evaluations without generation only predict masked words."""
+    """Which evaluations generate captions. With `at_end`, `beit3 evaluate` and each evaluation that may be the last of
+    a run do. Evaluations without generation only predict masked words."""
     num_beams: Annotated[int, Range(1, 64)] = 3
     """Number of beams per image in the beam search; 1 is greedy search."""
     length_penalty: Annotated[float, Range(0, 10)] = 0.6

@@ -41,8 +41,8 @@ class CaptionHead(Head):
             config: the model's configuration.
             tensor: the tensor-parallel group; None for a group of this process alone.
             label_smoothing: total probability of all wrong words in a smoothed label.
-            compares_tokens: True returns the loss of each token instead of the sum, for a loss that compares all tokens
-                of a step (`sum_best_tokens`).
+            compares_tokens: whether the head returns the loss of each token instead of the sum, so that the trainer can
+                compare all tokens of a step (`sum_best_tokens`).
         """
         super().__init__()
         self.compares_tokens = compares_tokens

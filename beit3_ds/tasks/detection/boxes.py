@@ -87,8 +87,8 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
         low: a box is `BACKGROUND` if its largest IoU is below `low`, and `IGNORED` if its largest IoU is between `low`
             and `high`.
         keep_best: whether each object's best boxes have a match even if their IoU is below `high`. The best boxes of an
-            object are the boxes that have the largest IoU with this object. If a best box has a larger IoU with another
-            object, it matches the other object.
+            object are the boxes that have the largest IoU with this object. A box that is the best box of one object,
+            but has a larger IoU with another object, matches the other object.
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)

@@ -54,8 +54,8 @@ class DetectionConfig:
     """Maximum number of detections per image; COCO's metrics count 100."""
     test_sizes: tuple[Sides, ...] = ()
     """Sides of squares in pixels. An evaluation resizes each image to fit each square, which gives one view per square.
-    Suppression compares the boxes of all views of an image. The mask of a detection is the mean over the views. Empty
-    uses one square with side `model.image_size`."""
+    Suppression compares the boxes of all views of an image. The mask of a detection is the mean over the views. If this
+    list is empty, there is one square with side `model.image_size`."""
     test_flip: bool = False
     """Whether an evaluation also uses a horizontally flipped copy of every view."""
     shown_score: Share = 0.3

@@ -1,4 +1,4 @@
-"""Computes COCO's average precision with faster-coco-eval (Lin et al., 2014, arXiv:1405.0312)."""
+"""Computes COCO's average precision (Lin et al., 2014, arXiv:1405.0312) with faster-coco-eval."""
 
 # T overlap thresholds, R recalls, K categories, A ranges of size, M limits of detections.
 

@@ -32,8 +32,8 @@ def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor
 
     Args:
         features: normalised features of images and captions, and the scale of scores. Image i belongs to caption i.
-        mask_duplicates: whether pairs with the same image or the same caption are excluded as negatives of each other.
-            This affects the losses and the counts.
+        mask_duplicates: whether two pairs with the same image or the same caption do not count as negatives of each
+            other. This affects the losses and the counts.
     """
     image_ND, text_ND = features.rows[IMAGE_FEATURES], features.rows[TEXT_FEATURES]
     ids_N2 = torch.stack([features.rows[IMAGE_IDS], features.rows[TEXT_IDS]], 1) if mask_duplicates else None

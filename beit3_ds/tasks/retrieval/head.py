@@ -42,8 +42,8 @@ class Temperature(nn.Module):
     def forward(self) -> Tensor:
         """Returns the factor that scales similarities, (1,) float32.
 
-        If the parameter's value gives a factor above `LARGEST_SCALE`, the result is `LARGEST_SCALE`. The backward pass
-        then drops gradients that would increase the parameter.
+        If the parameter's value gives a factor above `LARGEST_SCALE`, the result is `LARGEST_SCALE`, and the backward
+        pass drops gradients that would increase the parameter.
         """
         log_scale: Tensor = _Limit.apply(self.bias.float() + INITIAL_LOG_SCALE, math.log(LARGEST_SCALE))
         return log_scale.exp()

@@ -78,9 +78,9 @@ class MaskDecoder(nn.Module):
     """Predicts masks and classes of an image from four feature maps; each of a fixed number of queries predicts one
     mask (Mask2Former).
 
-    The pixel decoder mixes the three coarser maps by deformable attention. It then enlarges the 1/8 map and adds it to
-    the finest map. In each layer of the query decoder, a query attends only to cells within the mask that the previous
-    layer predicted for the query. There is no dropout.
+    The pixel decoder mixes the three coarser maps by deformable attention. The finest of these three is then enlarged
+    and added to the finest map. In each layer of the query decoder, a query attends only to cells within the mask that
+    the previous layer predicted for the query. There is no dropout.
 
     With bf16 or fp16 parameters, forward runs under autocast. On a GPU, the sampling locations of deformable attention
     are then float32, because half precision would be too coarse. On a CPU, the locations are in half precision, and so

@@ -24,8 +24,8 @@ class TermCounts(NamedTuple):
     """Holds the denominators of an image's loss terms."""
 
     classes: int
-    """Denominator of the class term: the sum of the queries' weights, in units of `NO_OBJECT_WEIGHT`. A query that is
-    matched with a target mask adds `MATCHED_QUERY_UNITS` (10), and any other query adds 1."""
+    """Denominator of the class term: the sum of the weights of all queries. The weight is `MATCHED_QUERY_UNITS` (10)
+    for a query that is matched with a target mask, and 1 for any other query."""
     masks: int
     """Denominator of the two mask terms: number of target masks that are matched with a query."""
 

@@ -197,8 +197,8 @@ class VisualTokenizerTask(Task):
     def build_model(self, tensor: Any = None, layers: Any = None) -> StageModel:
         """Builds the tokenizer's networks.
 
-        On the meta device, which planning uses, this method loads no teacher. If no earlier call has loaded the
-        teacher, the method assumes that a pretrained teacher has as many features as the tokenizer: `hidden_size`.
+        On the meta device, which planning uses, this method loads no teacher. It then assumes that a pretrained teacher
+        that is not loaded yet has `hidden_size` features, like the tokenizer.
         """
         visual = self.config.tokenizers.visual
         is_planned = torch.get_default_device().type == "meta" and self._teacher is None

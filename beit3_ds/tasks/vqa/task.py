@@ -38,8 +38,8 @@ class VqaRankTask(RankTask):
         The metrics are the official accuracies in percent, and the means of the loss and of the target scores. The
         result is empty if a source has questions without answers from people.
 
-        Questions whose answers are not in the answer list also count, although the model cannot answer them.
-        Microsoft's BEiT-3 code leaves such questions out and can therefore report a higher accuracy.
+        The metrics include questions whose answers are not in the answer list, although the model cannot answer these
+        questions. Microsoft's BEiT-3 code leaves such questions out and can therefore report a higher accuracy.
         """
         results = answer_split(evaluator, split)
         if results is None or not len(results):
