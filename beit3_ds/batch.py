@@ -5,9 +5,9 @@ A micro-batch is a sequence of T rows, one per token, ordered by modality and wi
     [ images | images of pairs | texts of pairs | texts ]
       0      a                 b                c       T
 
-Each letter is the row at which a range stops. Each expert works on one range of rows (`PackedBatch.expert_slices`). An
-image or a text is one range of rows, and a pair is two: its image and its text (`PackedBatch.sequence_ranges`).
-Sequences are numbered in the order images, pairs, texts.
+0, a, b and c are the first rows of the four ranges, and T is the number of rows. Each expert works on one range of rows
+(`PackedBatch.expert_slices`). An image or a text is one range of rows, and a pair is two: its image and its text
+(`PackedBatch.sequence_ranges`). Sequences are numbered in the order images, pairs, texts.
 """
 
 # I images, P pairs, X texts, B = I + P images with pixels, Q = I + P + X sequences, N patches per image,
@@ -271,7 +271,7 @@ class PackedBatch(RowLayout):
         return self._with_derived_values(dataclasses.replace(self, targets=targets, **moved))
 
     def tensors(self) -> list[Tensor]:
-        """Returns all tensors of the batch except `host_targets`, including the tensors that `to` derives."""
+        """Returns all tensors of the batch, and the tensors that the method `to` derives. Leaves out `host_targets`."""
         values = [*vars(self).values(), *self.targets.values()]
         return [value for value in values if isinstance(value, Tensor)]
 

@@ -25,8 +25,8 @@ def parse_untrusted_json(text: bytes | str, limit: int = MAX_JSON_BYTES, *, acce
 
     Raises:
         ValueError: if the text is too long, has too many lists or objects for its size, is not JSON or is nested too
-            deep. Also for a repeated key, an integer beyond 64 bits, a number beyond the largest float, or NaN or an
-            infinity that is not accepted. The message gives the reason.
+            deep. Also for a repeated key, an integer beyond 64 bits, or a number beyond the largest float. Also for NaN
+            and infinities, unless `accepts_constants`. The message gives the reason.
     """
     check_json_size(text, limit)
     try:

@@ -60,7 +60,7 @@ BUFFERS = "buffers"
 """First part of the names of buffer files, and key of the buffers in the index."""
 
 PIECES = "pieces"
-"""First part of the name of the pieces file, and name of the tensor in that file."""
+"""First part of the name of the file that lists the pieces of tensors. Also the name of the tensor in that file."""
 PIECES_FILE = "pieces-00000.safetensors"
 """Name of the file with the table of all pieces. The main rank writes this file."""
 
@@ -206,7 +206,9 @@ def _parse_run(content: Mapping[str, Any]) -> RunDescription:
 
 
 def _parse_data(data: Any) -> dict[str, Any]:
-    """Checks the best evaluation in `data` and returns `data`. Code that reads other keys must check their values."""
+    """Returns `data` after checking the value of the key for the best evaluation. Code that reads other keys must check
+    their values.
+    """
     data = check_object(data)
     if BEST in data:
         best = check_object(data[BEST])

@@ -1,4 +1,5 @@
-"""Saves and loads the checkpoints of a run under any layout of ranks, while training continues."""
+"""Saves and loads the checkpoints of a run under any layout of ranks. Training continues while a checkpoint is saved.
+"""
 
 import itertools
 import time

@@ -30,8 +30,8 @@ def build_train_loader(
         dataset: this rank's share of each step.
         config: data section of the run's config.
         first_step: index of the first step. To resume a run, call `RunOrder.resume` first.
-        limits: limits of the wait for a step. The iteration ends early if a stop signal arrives during a wait. None
-            waits `data.timeout_seconds` and ignores stop signals.
+        limits: limits of the wait for a step. If a stop signal arrives during a wait, the iteration ends early. If
+            None, the limit is `data.timeout_seconds`, and stop signals are ignored.
 
     Raises:
         DataTimeoutError: if a step does not arrive in time.

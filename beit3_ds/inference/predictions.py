@@ -221,7 +221,7 @@ def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_sh
 
 @contextmanager
 def broken_images() -> Iterator[None]:
-    """Raises a `ConfigError` instead of the ValueError of a broken image, inside a `with` block."""
+    """Converts the ValueError of a broken image in the `with` block to a `ConfigError`."""
     try:
         yield
     except ConfigError:

@@ -178,7 +178,7 @@ class Mesh:
     def leave(self) -> None:
         """Leaves the process group without waiting for other ranks.
 
-        If a process ended without leaving, torch's threads would abort the process.
+        A process that exits without this call may be aborted by torch's threads.
         """
         dist.destroy_process_group()
 

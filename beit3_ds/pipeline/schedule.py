@@ -1,6 +1,7 @@
 """Runs the micro-batches of a step through the model, with or without pipeline stages.
 
-DeepSpeed's engine does not accumulate gradients: its `gradient_accumulation_steps` is always 1.
+The schedule accumulates gradients, not DeepSpeed's engine. The engine's `gradient_accumulation_steps` is therefore
+always 1.
 """
 
 # T packed rows of this rank, D hidden, K terms.

@@ -174,7 +174,7 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
 
 
 def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
-    """Returns the bytes of the tensors that one branch (attention or FFN) keeps for the backward pass of its norms and
+    """Returns the bytes that one branch (attention or FFN) keeps for two kinds of backward pass: of its norms, and of
     stochastic depth.
     """
     model, size, ranks = rank_model.config.model, rank_model.element_size, rank_model.tensor.size

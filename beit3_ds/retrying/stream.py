@@ -79,12 +79,11 @@ class RetryingStream(io.RawIOBase):
         return os.isatty(self.fileno())
 
     def write(self, data: Any) -> int:
-        """Writes all unwritten bytes and `data`, and keeps in memory what cannot be written; always returns the length
-        of `data`.
+        """Writes earlier unwritten bytes, and then `data`. Always returns the length of `data`.
 
-        Drops `data` in three cases. First, the reader of a pipe has ended. Second, earlier bytes were dropped, and the
-        notice with their number has not been written yet. Third, earlier bytes are unwritten, and together with `data`
-        they exceed the limit.
+        Bytes that cannot be written stay in memory. However, `data` is dropped in three cases. First, the reader of a
+        pipe has ended. Second, earlier bytes were dropped, and the notice with their number has not been written yet.
+        Third, earlier bytes are unwritten, and together with `data` they exceed the limit.
         """
         content = bytes(data)
         with self._lock:

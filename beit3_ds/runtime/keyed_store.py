@@ -19,9 +19,9 @@ class ForgedValueError(RuntimeError):
 class KeyedStore(dist.Store):
     """Stores each value with a keyed digest (HMAC-SHA256), and verifies the digest when a value is read.
 
-    The digest covers the value and its key in the store. Torch's process groups also use this store, so the addresses
-    that gloo exchanges are signed. Deletions and counters are not protected. An attacker can still restore an older
-    value under the same key.
+    The digest covers the value and the name under which it is stored. Torch's process groups also use this store, so
+    the addresses that gloo exchanges are signed. Deletions and counters are not protected. An attacker can still
+    restore an older value under the same name.
     """
 
     def __init__(self, store: dist.Store, key: bytes) -> None:

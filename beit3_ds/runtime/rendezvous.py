@@ -126,7 +126,7 @@ class Rendezvous:
         self._start = time.monotonic()  # forming the process group has the same time limit
 
     def explain(self, error: RuntimeError) -> ConfigError:
-        """Returns an error that explains why the process group could not form after the ranks have met."""
+        """Returns an error for the case that the ranks met, but could not form the process group."""
         if isinstance(error, ForgedValueError):
             return ConfigError(f"host {self._host}: {error}")
         return ConfigError(

@@ -12,9 +12,9 @@ from beit3_ds.runtime.main_thread import describe_main_thread
 from beit3_ds.runtime.stop_signals import StopSignals, describe_signal, exit_status
 
 STOP_SECONDS = 5.0
-"""Maximum seconds between a stop signal and the end of a process that is not training. During training, a stop signal
-limits a rank's waits for other ranks, but not the rank's own work. A wait may then last `STOP_SECONDS` or twice the
-longest phase of a step so far, whichever is longer."""
+"""Seconds after a stop signal within which a process ends. During training, only a rank's waits for other ranks are
+limited, not its own work. Such a wait may last this number of seconds or twice the longest phase of a step so far,
+whichever is longer."""
 _PEER_FACTOR = 2.0
 """Time limit of a wait for other ranks after a stop signal, as a multiple of the longest phase of a step so far."""
 _SECOND_INTERRUPT_SECONDS = 1.0
@@ -51,7 +51,7 @@ class StopDeadline:
         self._thread.start()
 
     def limit_waits(self, activity: Activity) -> None:
-        """From now on, a stop signal limits only this rank's waits for other ranks, not its own work.
+        """Limits only this rank's waits for other ranks after a stop signal, and no longer the rank's own work.
 
         Call this method when training begins.
 

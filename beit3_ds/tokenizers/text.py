@@ -33,9 +33,9 @@ class WordBorders(NamedTuple):
     starts: NDArray[np.bool_]
     """Whether a word starts at each id, as far as the id itself tells, (vocab_size,). True for BOS, padding and EOS.
 
-    In a SentencePiece model that writes white space before words (`▁dog`), also True for pieces that begin with white
-    space, and False for all other ids. In a model that writes white space after words (`dog▁`), True only for BOS,
-    padding and EOS; `ends` then tells where words start.
+    In a SentencePiece model that writes white space before words (`▁dog`), pieces that begin with white space are True
+    too. All other ids are False. In a model that writes white space after words (`dog▁`), True only for BOS, padding
+    and EOS; `ends` then tells where words start.
     """
     ends: NDArray[np.bool_]
     """Whether a word ends at each id, as far as the id itself tells, (vocab_size,). If True, the id that follows in a

@@ -36,8 +36,7 @@ class BestCheckpoint:
         self._evaluations_since: int = state.get("evaluations_since", 0)
 
     def add(self, step: int, record: Mapping[str, Any]) -> bool:
-        """Compares an evaluation with the best one so far. Records a better evaluation, and returns whether it is
-        better.
+        """Returns whether an evaluation is better than the best one so far, and if so, records it.
 
         The first evaluation whose value is not NaN counts as better. If `training.best_metric` is None, nothing is
         recorded and the result is False.

@@ -20,7 +20,7 @@ def report(run: Run, signals: StopSignals) -> None:
     """Writes the report of a finished run. All ranks must call this function.
 
     The report uses the moving averages of the weights if the run has them (`training.ema_decay`). A stop signal ends
-    the computation between two batches. Starting the same command again then writes the report.
+    the computation between two batches. To write the report after that, start the run's command again.
     """
     try:
         with run.state.averaged_weights():

@@ -46,7 +46,8 @@ class Run:
     """The task on this rank, with its files open."""
     validation: Iterable[PackedBatch]
     read_validation: Callable[[], None]
-    """Function that reads this rank's validation batches. Returns early after a stop signal."""
+    """Function that loads this rank's validation batches into memory. After a stop signal, it returns before all are
+    loaded."""
     splits: Mapping[Split, Iterable[PackedBatch]]
     """This rank's batches of each split that the task evaluates, by split. Each iteration reads them from disk again.
     """

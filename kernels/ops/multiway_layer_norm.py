@@ -42,12 +42,11 @@ def multiway_layer_norm_reference(
 def multiway_layer_norm(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalises each row with its expert's scale and shift; also returns x_TD, which the residual connection should
-    use.
+    """Normalises each row with its expert's scale and shift. Also returns a view of x_TD for the residual connection.
 
-    If the residual connection uses the returned x_TD, the backward pass of the norm adds the residual connection's
-    gradient to the gradient of x_TD, without a separate pass over the rows. The op saves x, the scales and two numbers
-    per row. It copies neither x nor the scales. An expert without rows gets zero gradients.
+    If the residual connection uses this view, the backward pass of the norm also adds the residual connection's
+    gradient, without a separate pass over the rows. The op saves x, the scales and two numbers per row. It copies
+    neither x nor the scales. An expert without rows gets zero gradients.
 
     Args:
         x_TD: packed rows of the residual stream, in the parameters' dtype or float32.

@@ -302,7 +302,9 @@ def backward_plain(
     tile_size: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes in plain PyTorch what the backward kernels compute: dq, dk and dv. Only checks call this function."""
+    """Computes in plain PyTorch what the backward kernels compute: dq, dk and dv. This function is only called by
+    checks.
+    """
     gradients = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(v_THK)
     scale = q_THK.shape[-1] ** -0.5
     for rows, seen in _sequences(sequences_Q4, causal):

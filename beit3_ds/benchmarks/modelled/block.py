@@ -138,7 +138,7 @@ def _backward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _products(rates: Rates, flops: float) -> tuple[float, float]:
-    """Returns the seconds of a matrix product: with our kernel, and with the faster of our kernel and cuBLAS."""
+    """Returns the seconds of a matrix product: with our kernel, and with cuBLAS or our kernel, whichever is faster."""
     triton, library = (rates.product_seconds(flops, share) for share in (rates.triton, rates.library))
     return triton, min(triton, library)
 
@@ -152,7 +152,7 @@ def _weight_gradient(
     num_layers: int,
     experts: tuple[float, ...],
 ) -> OpTime:
-    """Models the time of a weight gradient, before the project's code was optimized and with the current code.
+    """Models the time of a weight gradient for this project's code before optimization, and for the current code.
 
     `OpTime.before` is the time of this project's earlier kernel, which has one launch per layer. `OpTime.now` is the
     time of the faster of cuBLAS and this project's current kernel. The current kernel has one launch for all

@@ -73,9 +73,9 @@ def train_reference(config: RunConfig, pads_to_longest: bool) -> Callable[[Packe
 
 
 def multiply(config: RunConfig) -> Callable[[PackedBatch], Turn]:
-    """Returns a function that prepares a batch and returns a `Turn`, whose function is timed.
+    """Returns a function that makes a `Turn` of a batch.
 
-    The timed function computes only the matrix products of one training step.
+    The function in the `Turn`, which the benchmark times, computes only the matrix products of one training step.
     """
     dtype = torch.bfloat16 if device_of_turns().type == "cuda" else torch.float32
 

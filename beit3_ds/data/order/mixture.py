@@ -14,11 +14,11 @@ def assign_sources(
     """Assigns each position of a stream to one source, in proportion to the weights and evenly spread.
 
     A position is the index of a sample, counted from 0 among all samples that a run takes from the stream. For every n,
-    the rule fixes how many of the first n positions each source gets. Source 0 gets floor(n * share). For a later
-    source, let r be the number of the n positions that no earlier source gets, and let s be the sum of the shares of
-    this source and all later sources. This source gets floor(r * share / s). A source's number of positions differs
-    from n * share by less than the number of sources. Shares are rounded to a millionth, so int64 products are exact up
-    to 9e12 positions.
+    the rule fixes how many of the first n positions each source gets. The share of a source is its weight divided by
+    the sum of all weights. Source 0 gets floor(n * share). A later source gets floor(r * share / s), where r is how
+    many of the n positions no earlier source gets, and s is the sum of the shares of this source and all later sources.
+    A source's number of positions differs from n * share by less than the number of sources. Shares are rounded to a
+    millionth, so int64 products are exact up to 9e12 positions.
 
     Args:
         weights: weight of each source, above 0.

@@ -78,8 +78,8 @@ class StreamPosition:
     sources: tuple[SourcePosition, ...]
     """The sources, in the order of the config. The samples of the stream are numbered in the order of these sources."""
     sets: tuple[SetPosition, ...]
-    """Positions of the sets: one set per source if the sources have sampling weights, otherwise a single set with all
-    sources."""
+    """Position in each set of samples. With sampling weights, each source is a set. Without them, all sources together
+    are one set."""
     removed: tuple[RemovedSource, ...] = ()
     """Sources that are no longer in the config."""
     next_id: int

@@ -1,4 +1,6 @@
-"""Computes a digest of a source's first samples. It changes if samples among them are inserted or removed."""
+"""Computes a digest of a source's first samples. Inserting or removing a sample among the first samples changes the
+digest.
+"""
 
 import hashlib
 from typing import ClassVar, Protocol

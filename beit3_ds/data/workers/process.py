@@ -239,7 +239,7 @@ def _do(work: Work, request: Request, current: CurrentRecord) -> Reply:
 
 
 def _end_with_rank() -> None:
-    """Waits until the rank's process has ended, even by SIGKILL, and then ends this worker process."""
+    """Ends this worker process as soon as the rank's process has ended in any way, such as SIGKILL."""
     rank = multiprocessing.parent_process()
     assert rank is not None, "only workers have a rank"
     rank.join()

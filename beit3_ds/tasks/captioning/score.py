@@ -35,8 +35,8 @@ def score_captions(
 ) -> CaptionScores:
     """Scores one caption per image against reference captions.
 
-    Always computes `exact_match`, which needs no package: the share of captions that equal a reference up to case and
-    white space. The official metrics use the tokenizer of the official evaluation.
+    Always computes `exact_match`, because this metric needs no package. It is the share of captions that equal a
+    reference up to case and white space. The official metrics use the tokenizer of the official evaluation.
 
     Args:
         captions: caption of each image, by image id.

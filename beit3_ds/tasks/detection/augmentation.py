@@ -34,7 +34,7 @@ class Window(NamedTuple):
     bottom: float
     """Bottom edge of the rectangle, in pixels of the image."""
     size: Size
-    """Height and width, in pixels, of the view that the rectangle is resized to."""
+    """Height and width, in pixels, to which the window's part of the image is resized."""
     is_flipped: bool = False
     """Whether the view is flipped horizontally."""
 

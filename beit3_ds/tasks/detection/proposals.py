@@ -54,7 +54,7 @@ class LevelOutputs(NamedTuple):
     """For each level, the objectness logits, (images, anchors, rows, columns) float32, and the box regression outputs,
     (images, 4 * anchors, rows, columns) float32. `anchors` is the number of anchors per cell."""
     nothing: Tensor
-    """A scalar 0 that depends on every parameter."""
+    """Scalar with the value 0 that connects every parameter to the autograd graph."""
 
 
 class ProposalNetwork(nn.Module):

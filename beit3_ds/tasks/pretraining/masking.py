@@ -96,9 +96,9 @@ def mask_words(
     `words` tells which ids start a word. A word lasts until the next word starts. Every EOS is a word, including an EOS
     between documents. If a text begins within a word, the rest of this word counts as a word.
 
-    Words are chosen at random. Their total number of tokens is as near as possible to the number that `mask_tokens`
-    would predict; the smaller total wins a tie. At least one word is chosen. If there are several words, at least one
-    is not chosen. Each token of a chosen word is replaced or kept as in `mask_tokens`.
+    Words are chosen at random. Their total number of tokens is as near as possible to the number of tokens that
+    `mask_tokens` would choose; the smaller total wins a tie. At least one word is chosen. If there are several words,
+    at least one is not chosen. Each token of a chosen word is replaced or kept as in `mask_tokens`.
 
     Args:
         ids: BOS, pieces and EOS, (n,) int64, with n at least 2.

@@ -142,8 +142,7 @@ class LabelMaps:
             The class of each pixel, (height, width) uint8; `IGNORED` for pixels without a class.
 
         Raises:
-            BrokenRecordError: if the label map is missing or cannot be read, or a value means neither a class nor "no
-                class".
+            BrokenRecordError: if the file of the label map is missing or cannot be read, or if it has an invalid value.
             StorageError: if the file system fails.
         """
         try:

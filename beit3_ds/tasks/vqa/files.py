@@ -255,8 +255,8 @@ def read_vqa_lines(path: str, folder: str) -> VqaQuestions:
 
     Args:
         path: file with one JSON object per line. The keys are `question`, `image` (path in the folder), and optionally
-            `id`, `question_type` and `answer_type`. Either all lines or no lines have `answers` (a list of strings) or
-            `answer` (one string).
+            `id`, `question_type` and `answer_type`. A line may also have people's answers: `answers` (a list of
+            strings) or `answer` (one string). If one line has answers, all lines must have them.
         folder: folder of the images.
 
     Raises:
