@@ -72,7 +72,7 @@ class RowLayout(ABC):
 
         If the layer has the expert "shared", all rows belong to this expert. In other layers, rows of pairs belong to
         the "vision_language" expert if the layer has this expert. The remaining rows belong to the expert of their
-        modality. If the layer lacks an expert, no rows may belong to that expert.
+        modality, which the layer must then have.
 
         Args:
             experts: names of the layer's experts, in row order. Examples: ("shared",); ("vision", "language");

@@ -52,9 +52,9 @@ class WriterLock:
     lock when the process ends in any way. An NFS server also releases the locks of a crashed host. One of two kinds of
     lock is used:
 
-    * flock on a lock file that is open for reading only, which still permits remounting the disk read-only. Forked
-      processes inherit such a lock, and a data worker that outlives its rank would keep the lock. Forked processes
-      therefore close the lock file.
+    * flock on a lock file that is open for reading only. Such an open file does not prevent a read-only remount of the
+      disk. Forked processes inherit such a lock, and a data worker that outlives its rank would keep the lock. Forked
+      processes therefore close the lock file.
     * A POSIX record lock, if flock requires a file that is open for writing, as on NFS. A process loses a record lock
       when any of its code opens and closes the lock file. A thread of the holder therefore takes the lock again every
       second.

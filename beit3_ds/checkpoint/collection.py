@@ -172,7 +172,9 @@ class CheckpointCollection:
         write_whole(latest, f"{name}\n".encode())
 
     def _prune(self, best_step: int | None) -> None:
-        """Deletes old checkpoints of this program, except the newest complete ones and the one of step `best_step`."""
+        """Deletes old checkpoints. Keeps the newest complete ones, the one of step `best_step`, and all that another
+        program wrote.
+        """
         paths = self.paths()
         best = None if best_step is None else self.path(best_step)
         whole = [path for path in self._whole_paths() if is_own_checkpoint(path) and path != best]

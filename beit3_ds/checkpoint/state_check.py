@@ -24,7 +24,7 @@ class HeldWeights(NamedTuple):
     name: str
     """Name of the parameter in the whole model."""
     saved: Tensor
-    """Values in the optimizer, which a checkpoint saves, (elements,) float32."""
+    """Values in the optimizer, (elements,) float32. A checkpoint saves these values."""
     held: Tensor
     """Values in the model's parameters, (elements,), in the parameters' dtype."""
     moments: tuple[Tensor, ...]

@@ -257,7 +257,8 @@ class TextTokenizerConfig:
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
     """Fraction of the corpus's characters that the vocabulary covers; the rarest characters become <unk>."""
     max_sentences: Annotated[int, Range(101, 2**40)] = 10_000_000
-    """Maximum number of training lines, drawn at random from the whole corpus. SentencePiece needs more than 100."""
+    """Maximum number of training lines, drawn at random from the whole corpus. SentencePiece needs more than 100 lines.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,8 +55,8 @@ class ImageClassifier:
         """Loads a classifier.
 
         If the weights contain a linear layer, the classifier applies this layer, and needs no tokenizer and no language
-        experts. Otherwise the classifier compares images with class names. The weights must then be fine-tuned for
-        retrieval, or for ImageNet without a linear layer.
+        experts. Otherwise, the weights must come from fine-tuning for retrieval, or for ImageNet with class names. The
+        classifier then compares images with class names.
 
         Args:
             path: exported, imported or released weights, a checkpoint, or a run's output folder.

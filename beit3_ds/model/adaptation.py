@@ -215,7 +215,7 @@ class AdaptedWeights:
         return any(name in names and modality not in self.model.modalities for modality, names in _TABLES.items())
 
     def _check_inputs(self, wanted: Iterable[str]) -> None:
-        """Checks that the stored weights contain the tensors that the kinds of input of this model need.
+        """Checks that the stored weights contain all tensors for this model's kinds of input.
 
         Does nothing if the stored model takes all kinds of input. Tensors of the head and the final norm may be
         missing.

@@ -187,8 +187,8 @@ class BEiT3(nn.Module):
     def run_layers(self, batch: PackedBatch, x_TD: Tensor | None = None, layers: range | None = None) -> Tensor:
         """Runs one micro-batch through all layers, or through the consecutive layers in `layers`.
 
-        Layer 0 is the embeddings. The blocks follow. The last layer gathers rows and applies the final norm. If
-        `ModelConfig.final_norm` is false, the last layer only gathers rows.
+        Layer 0 is the embeddings. The blocks follow. The last layer selects the rows for the head, gathers them from
+        the tensor-parallel ranks, and applies the final norm if `ModelConfig.final_norm` is true.
 
         Args:
             batch: the packed micro-batch.

@@ -36,7 +36,7 @@ class Mesh:
     host: HostGroup = field(default_factory=HostGroup)
     """Group of all ranks for values in host memory, such as counts and names."""
     data_host: HostGroup = field(default_factory=HostGroup)
-    """Group of the ranks of `data_parallel_group` for values in host memory."""
+    """Group that exchanges values in host memory; it has the ranks of `data_parallel_group`."""
 
     data_parallel_group: dist.ProcessGroup | None = None
     """Process group of the ranks that hold the same part of the model and process different samples."""

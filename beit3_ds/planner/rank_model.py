@@ -91,7 +91,7 @@ class RankModel:
         return self.config.options.zero_stage
 
     def zero_elements(self, key: str) -> int:
-        """Returns the number of elements that a key of `zero_optimization` sets.
+        """Returns the value of a key of `zero_optimization`, which is a number of elements.
 
         If the key is not set, returns DeepSpeed's default.
         """

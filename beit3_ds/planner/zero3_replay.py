@@ -148,7 +148,8 @@ class Zero3Replay:
         return [module for module in modules if module is not None]
 
     def _is_input(self, module: nn.Module) -> bool:
-        """Returns whether a module is the embeddings or one of their layers, whose inputs need no gradient.
+        """Returns whether a module is the model's embeddings or one of the layers in them. Their inputs need no
+        gradient.
 
         DeepSpeed's hook after the backward pass never runs for such a module.
         """

@@ -99,8 +99,8 @@ class RetryingFile:
             os.close(descriptor)  # a network file system may report here that there was no room
 
     def _find_written(self, descriptor: int) -> int:
-        """Returns how many bytes of `_missing` are already at the end of the file, because an earlier write failed
-        halfway.
+        """Returns how many bytes of `_missing` an earlier write, which failed halfway, has already appended to the
+        file.
         """
         size = os.fstat(descriptor).st_size
         if self._start is not None and self._start <= size <= self._start + len(self._missing):

@@ -51,7 +51,8 @@ class StopDeadline:
         self._thread.start()
 
     def limit_waits(self, activity: Activity) -> None:
-        """Limits only this rank's waits for other ranks after a stop signal, and no longer the rank's own work.
+        """Changes the deadline after a stop signal: from now on, only this rank's waits for other ranks have a time
+        limit, not its own work.
 
         Call this method when training begins.
 

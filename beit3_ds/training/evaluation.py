@@ -124,7 +124,8 @@ def evaluate_split(
 
 
 def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) -> dict[str, float]:
-    """Returns the mean of each loss term over all ranks, by name, without terms of count 0. Sends 3 x K elements.
+    """Returns the mean of each loss term over all ranks, by name. Leaves out a term whose count is 0 on all ranks.
+    Sends 3 x K elements.
 
     Args:
         sums: sum of each term on this data-parallel rank, (K,); only the values of the last pipeline stage are used.

@@ -1,9 +1,9 @@
 """Compiles the Triton kernels of a run into Triton's cache, on a machine without a GPU.
 
-A small copy of the run's model, with one layer of each kind, trains and predicts on a few rows. A few rows suffice,
-because kernels do not depend on the number of rows. A fake GPU driver compiles each launched kernel without running it
-(`fake_driver`). A run can use the cache if its GPUs have the architecture for which the kernels were compiled. The run
-must also use the versions of Triton and of this package that filled the cache.
+A small copy of the run's model, with one layer of each kind, launches all kernels of a training step and of a
+prediction. A fake GPU driver compiles each launched kernel without running it (`fake_driver`). A few rows suffice,
+because kernels do not depend on the number of rows. A run can use the cache if its GPUs have the architecture for which
+the kernels were compiled. The run must also use the versions of Triton and of this package that filled the cache.
 """
 
 import time

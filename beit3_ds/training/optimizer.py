@@ -64,8 +64,8 @@ def build_optimizer(model: nn.Module, config: RunConfig, largest: Callable[[int]
     """Builds AdamW with one parameter group per combination of weight decay and learning rate (`parameter_group`).
 
     Each group has a key `lr_scale`, a factor on the learning rate (`set_learning_rate`). The optimizer is PyTorch's
-    fused AdamW unless `training.optimizer` selects Apex. Fused AdamW is ten times as fast as the default one, even on a
-    CPU.
+    fused AdamW unless `training.optimizer` selects Apex. Fused AdamW is ten times as fast as PyTorch's other
+    implementation, even on a CPU.
 
     Args:
         model: this rank's part of the model.

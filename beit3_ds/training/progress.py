@@ -184,7 +184,9 @@ def format_evaluation(record: dict[str, Any], terms: Sequence[Term]) -> str:
 
 
 def peak_memory_gib() -> float:
-    """Returns the peak memory of this rank in GiB: allocated GPU memory, or without a GPU the process's memory."""
+    """Returns the peak memory of this rank in GiB. On a GPU, this is the allocated GPU memory; otherwise, the memory of
+    the process.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -2,10 +2,10 @@
 
 The layers for queries, keys and values have separate parameters. On a GPU, one launch of a kernel from
 `triton/multiway_qkv.py` computes all layers and experts. The backward pass launches one kernel for the input gradient,
-which is a sum over the three layers, and one kernel for all weight and bias gradients. For small layers, a second
-kernel adds partial sums of the weight and bias gradients. If one cuBLAS product per layer and expert is faster, cuBLAS
-is used instead (`measured_op`). This choice is separate for the forward pass, the input gradient and the weight
-gradients.
+which is a sum over the three layers, and one kernel for all weight and bias gradients. For small layers, the rows are
+divided into shares, and a further kernel adds up the shares' weight and bias gradients. If one cuBLAS product per layer
+and expert is faster, cuBLAS is used instead (`measured_op`). This choice is separate for the forward pass, the input
+gradient and the weight gradients.
 """
 
 # T packed rows, D input width, F output width of each layer; an expert owns rows [start, stop).

@@ -1,8 +1,8 @@
 """Computes the end of an attention or FFN branch in one op: GELU, sub-LN, linear layer, bias, drop path, residual.
 
-The FFN uses the op with GELU, and attention uses the op without GELU. The op saves its input. It also saves the
-sub-LN's statistics on a GPU, or if ranks divide the columns of a row. The backward pass recomputes other activations.
-On a CPU, GELU and norm process chunks of rows that fit into the cache. On a GPU, one pass computes both
+The FFN uses the op with GELU, and attention uses the op without GELU. The op saves its input. If it runs on a GPU, or
+if ranks divide the columns of a row, it also saves the sub-LN's statistics. The backward pass recomputes other
+activations. On a CPU, GELU and norm process chunks of rows that fit into the cache. On a GPU, one pass computes both
 (`activation_norm`), and `triton/multiway_ffn.py` adds bias and residual while the product is in registers.
 """
 

@@ -24,7 +24,8 @@ class KernelConfig(NamedTuple):
     """Holds compile settings of one of the attention kernels."""
 
     block: int
-    """Positions per loop step: of queries in `key_value_gradient_kernel`, of keys in the other two kernels."""
+    """Number of positions per loop step. These are positions of queries in `key_value_gradient_kernel`, and positions
+    of keys in the other two kernels."""
     num_warps: int
     """Warps per Triton program."""
     num_stages: int

@@ -10,7 +10,7 @@ class Section:
     name: str
     """Name of the section, one word."""
     title: str
-    """Report heading that says what the section shows."""
+    """Heading of the section in the report; says what the section shows."""
     module: str
     """Module of the section, with a function `measure(recorder)`."""
     seconds: int

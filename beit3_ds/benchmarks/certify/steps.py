@@ -1,4 +1,5 @@
-"""Times training steps of this project, torchscale and plain PyTorch, for the base size and some layers of giant.
+"""Times training steps of this project, torchscale and plain PyTorch: for the base model, and for the giant model with
+fewer layers.
 
 All steps use the same samples, gradient clipping and torch's fused AdamW with float32 weights. On a GPU, this project's
 model computes in bfloat16, and the other models run under bfloat16 autocast.

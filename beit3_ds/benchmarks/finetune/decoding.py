@@ -38,7 +38,7 @@ class _Hypotheses:
 def reference_captions(
     model: ReferenceModel, pixels: Tensor, num_beams: int, length_penalty: float, max_length: int
 ) -> list[list[int]]:
-    """Generates captions by beam search, and returns the token ids of each image's best caption without BOS and EOS.
+    """Generates captions by beam search, and returns each image's best caption: token ids without BOS and EOS.
 
     Args:
         model: reference model with a captioning head, in evaluation mode.

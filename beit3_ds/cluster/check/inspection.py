@@ -82,7 +82,7 @@ class Answers:
     source_address: str | None = None
     """Address that this node uses for connections to other nodes."""
     interface: str | None = None
-    """Network interface of the node with the address `source_address`."""
+    """Network interface that has the address `source_address` on the node."""
 
 
 @dataclass(frozen=True, kw_only=True)

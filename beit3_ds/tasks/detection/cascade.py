@@ -161,9 +161,9 @@ def sample_proposals(
 
     At most `count` / 4 of the sampled proposals are positive. The objects' own boxes are added to the proposals, so
     there are positive proposals from the first step on. A random number decides whether a proposal is sampled. This
-    number depends only on `seed` and the index of the proposal's anchor. An object's own box has no anchor; its index
-    is `num_anchors` plus the object's index. The sample therefore stays the same if rounding changes the order of the
-    proposals.
+    number depends only on `seed` and the index of the proposal's anchor, so the sample does not change if rounding
+    changes the order of the proposals. An object's own box has no anchor; `num_anchors` plus the object's index is used
+    instead.
 
     Args:
         proposals: proposals of the image.

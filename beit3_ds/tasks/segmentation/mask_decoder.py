@@ -1,4 +1,4 @@
-"""Wraps Mask2Former's pixel decoder and query decoder from transformers, without its backbone."""
+"""Wraps the pixel decoder and the query decoder of transformers' Mask2Former, without the backbone."""
 
 # B images, D hidden of the maps, Q queries, C classes, H and W rows and columns of the finest map.
 
