@@ -61,13 +61,14 @@ class Mix(NamedTuple):
 
 
 def draw_mix(size: str, samples: int, seed: int = 0) -> Mix:
-    """Draws a micro-batch of images at 224 px, with captions and texts of random lengths.
+    """Draws a micro-batch of images, image-text pairs and texts. Images have 224 px; captions and texts have random
+    lengths.
 
     The lengths have the distributions in `step.batches`.
 
     Args:
         size: model size, a key of MODEL_SIZES.
-        samples: number of images, equal to the number of pairs and to the number of texts.
+        samples: number of images. There are as many pairs, and as many texts.
         seed: seed for the random lengths.
     """
     rng = np.random.default_rng(seed)

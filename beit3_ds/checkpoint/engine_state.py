@@ -127,8 +127,8 @@ class EngineState:
     def averaged_weights(self) -> Iterator[None]:
         """Context manager that replaces the model's weights by their moving averages; does nothing without `ema_decay`.
 
-        The `with` block must contain no update and no save. All ranks must enter and leave the block together, because
-        data-parallel ranks gather parameters at these points under ZeRO.
+        The `with` block must contain no update and no save. All ranks must enter and leave the block together. Under
+        ZeRO, data-parallel ranks gather parameters at the start and at the end of the block.
         """
         if self._average is None:
             yield

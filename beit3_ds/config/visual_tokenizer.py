@@ -30,8 +30,8 @@ class VisualTokenizerConfig:
     num_layers: Layers = 12
     """Number of encoder blocks."""
     decoder_layers: Annotated[int, Range(0, 1000)] = 3
-    """Number of decoder blocks (BEiT v2: 3). With 0, each patch is reconstructed from its own code alone. This gives
-    better codes in a short training."""
+    """Number of decoder blocks (BEiT v2: 3). With 0, each patch is reconstructed from its own code alone; in a short
+    training, the codes are then better."""
     num_attention_heads: Size = 12
     """Number of attention heads in each block of the encoder and of the decoder."""
     codebook_size: Vocabulary = 8192

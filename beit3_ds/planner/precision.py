@@ -17,9 +17,9 @@ _FORWARD_PASSES = 3
 """Number of reads and writes of the whole residual stream in the forward pass of attention or FFN. The norm reads the
 stream. The residual addition at the end reads and writes the stream."""
 _BACKWARD_PASSES = 4
-"""Number of reads and writes of the whole residual stream or its gradient in the backward pass of attention or FFN. The
-norm's backward reads the stream and the gradient, and writes the gradient. The residual addition's backward reads the
-gradient."""
+"""In the backward pass of an attention or FFN, the number of times that the whole residual stream or its gradient is
+read or written. The norm's backward reads the stream and the gradient, and writes the gradient. The residual addition's
+backward reads the gradient."""
 
 
 class PrecisionCost(NamedTuple):

@@ -181,7 +181,7 @@ class Watchdog:
         store, if it has received one.
 
         Args:
-            shared: number of the stop signal in the store, or `_NONE`.
+            shared: content of the store: the number of a stop signal, such as "15", or `_NONE`.
         """
         if shared != _NONE:
             self._signals.record(int(shared))

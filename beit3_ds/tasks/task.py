@@ -106,9 +106,9 @@ class Task(ABC):
     """Whether each word of a caption attends only to the image, to earlier words and to itself
     (`PackedBatch.causal_captions`)."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
-    """Formats that the task accepts for sources of each kind: "images", "pairs" and "texts". A kind without an entry
-    accepts no sources. A source of images or pairs may omit its format if the entry contains one of `IMAGE_FORMATS`. An
-    empty entry for texts means that sources of texts must omit the format."""
+    """Formats that the task accepts for sources of each kind: "images", "pairs" and "texts". A kind that is not a key
+    accepts no sources. A source of images or pairs may omit its format if one of `IMAGE_FORMATS` is accepted. If the
+    list of texts is empty, sources of texts must omit the format."""
     headline: ClassVar[Headline | None] = None
     """Metric of `RankTask.evaluate` for comparing checkpoints; None if `evaluate` returns no metrics."""
 

@@ -1,7 +1,7 @@
 """Writes the files of DeepSpeed's CSV monitor. They stay valid tables if a run is resumed or the disk fails.
 
-DeepSpeed's own writer has three faults. It ends the run if the disk is full, writes the header again in each process,
-and keeps the rows of steps that a resumed run repeats.
+DeepSpeed's own writer has three faults. It ends the run if the disk is full, writes the header again when a run
+resumes, and keeps rows although a resumed run repeats their steps.
 """
 
 import csv

@@ -41,8 +41,8 @@ class WeightReader(Protocol):
     def names(self) -> list[str]:
         """Returns this project's names of all tensors, such as `blocks.3.ffn.fc1.weight_vision`.
 
-        A matrix that the word embedding and the MLM head share appears once, as `embeddings.word.weight`. Tensors with
-        the prefix `EXTRA_PREFIX` do not belong to the model.
+        A matrix that the word embedding and the MLM head share appears once, as `embeddings.word.weight`. Names with
+        the prefix `EXTRA_PREFIX` are in the list too; these tensors do not belong to the model.
         """
         ...
 

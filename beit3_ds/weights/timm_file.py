@@ -68,7 +68,7 @@ class TimmFile:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the dtype of the tensors in the file."""
+        """Returns the dtype of the file's tensors; it is equal for all names."""
         return next(iter(self._tensors.values())).dtype
 
     def read(self, name: str, part: tuple[int, int, int, int] | None = None) -> Tensor:

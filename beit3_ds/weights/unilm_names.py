@@ -81,10 +81,10 @@ def reference_branches(config: ModelConfig, *, fusion: bool = False) -> dict[str
 def reference_keys(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
     """Maps each tensor name of unilm to this project's name, such as `mim_head.bias` to `heads.mim.bias`.
 
-    In unilm, branch A (vision) is in all blocks or in none, and so is branch B (language). The names of branch A are
-    left out if some block of the model has no vision expert. The names of branch B are left out if some block has no
-    language expert. With `fusion`, a block with a vision-language expert counts as having a vision expert and a
-    language expert.
+    In unilm, branch A (vision) is in all blocks or in none, and so is branch B (language). If a block of this project's
+    model has no vision expert, all names of branch A are therefore left out. If a block has no language expert, all
+    names of branch B are left out. With `fusion`, a block with a vision-language expert counts as having a vision
+    expert and a language expert.
 
     Args:
         config: configuration of the model.

@@ -67,8 +67,8 @@ class TilePlan(NamedTuple):
     """Holds a table of sequences and a table of tiles for attention kernels."""
 
     sequences_Q4: Tensor
-    """Four numbers per sequence, (Q, 4) int32: first row and length of the first range, then of the second range. The
-    second length is 0 if the sequence has only one range."""
+    """Four numbers per sequence, (Q, 4) int32: first row and length of its first range, then first row and length of
+    its second range. The second length is 0 if the sequence has only one range."""
     tiles_N2: Tensor
     """Two numbers per tile, (N, 2) int32: the index of the tile's sequence, and the position in that sequence where the
     tile starts. Tiles of longer sequences come first."""

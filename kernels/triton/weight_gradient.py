@@ -91,8 +91,8 @@ def weight_gradient_kernel(
 
     dw is the weight gradient of one of up to three linear layers with the same input x. A share is a range of one
     expert's rows. With SPLIT, a share has at most `rows` rows. Otherwise, a share has all rows of an expert, possibly
-    none. The results for L linear layers and P shares are (L, P, OUT * IN). With BIAS, they are (L, P, OUT * IN + OUT),
-    because the sums of factor * dy over rows follow dw.
+    none. The results for L linear layers and P shares have the shape (L, P, OUT * IN). With BIAS, the shape is (L, P,
+    OUT * IN + OUT): after dw, each result contains the sums of factor * dy over rows.
     """
     row_tiles: tl.constexpr = (OUT + ROWS - 1) // ROWS
     column_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS

@@ -175,8 +175,8 @@ def _run_once(section: Section, results: ResultsFile, call: int, seconds: float,
 def _own_status(section: Section, results: ResultsFile, call: int) -> str:
     """Returns the status of a section whose process ended without an error.
 
-    The status is "done", unless the section lacked a package or a GPU. In that case, the section itself has recorded a
-    status in this call of `beit3 certify`, and this status is returned.
+    A section that lacks a package or a GPU has recorded a status itself in this call of `beit3 certify`. The result is
+    that status, or "done" if there is none.
 
     Args:
         section: the section.

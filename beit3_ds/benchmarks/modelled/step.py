@@ -29,8 +29,8 @@ class HostTimes(NamedTuple):
     """Seconds per step for the gradient norm: before the project's code was optimized, and now. The GPU is idle during
     this time."""
     zero3_ratio: tuple[float, float]
-    """Factor by which ZeRO-3's hooks increase the time for launching a block's kernels: before the project's code was
-    optimized, and now."""
+    """Factors by which ZeRO-3's hooks increase the time for launching a block's kernels: first of the code before
+    optimization, then of the current code."""
 
 
 class StepTime(NamedTuple):

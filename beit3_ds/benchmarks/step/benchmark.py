@@ -20,7 +20,8 @@ OURS, REFERENCE, PRODUCTS = "beit3_ds", "torchscale", "products"
 """Names of the three measured processes: this project's step, the reference's step, and the matrix products alone."""
 
 REFERENCE_TO_LONGEST = "torchscale, padded to the longest"
-"""Name of the reference with texts padded to the batch's longest text, which is faster than padding to the limit."""
+"""Name of the reference that pads texts to the batch's longest text. It is faster than the reference that pads to the
+maximum length."""
 
 Row = dict[str, dict[str, Any]]
 """Figures of one round. The outer key is the name of the measured process, and the inner key is the name of the figure.

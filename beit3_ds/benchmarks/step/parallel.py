@@ -39,7 +39,7 @@ class StepVariant(NamedTuple):
     zero_stage: int
     """ZeRO stage: 1 divides the optimizer states over the ranks, 2 also the gradients, 3 also the parameters."""
     apart: bool = False
-    """Whether each process trains alone on half of the samples, without communication."""
+    """Whether each of two processes trains alone on half of the samples, without communication."""
 
 
 VARIANTS = (

@@ -41,8 +41,8 @@ class Layer(NamedTuple):
 class Products:
     """Lists all matrix products of one training step, whose total FLOPs are the model FLOPs.
 
-    A step can skip rows that no head reads and rows that stochastic depth drops (`needed_flops`). These rows are
-    included here.
+    The list includes rows that a step can skip, because no head reads them or stochastic depth drops them
+    (`needed_flops`).
 
     Each expert multiplies its own rows. Queries, keys and values are one product. Attention is computed sequence by
     sequence. The heads compute masked rows only. The backward pass computes the gradients of weights and inputs, except

@@ -45,8 +45,8 @@ class Links:
     def usual(self) -> float:
         """Returns the usual speed of a link in bits per second.
 
-        This speed is the median over nodes. The value of a node is the speed of its fastest link. The median over all
-        links would be wrong with three nodes, because one slow node can make four of the six links slow.
+        This is the median, over all nodes, of the speed of a node's fastest link. The median over all links would be
+        wrong with three nodes, because one slow node can make four of the six links slow.
         """
         fastest = [max(rate for pair, rate in self.rates.items() if name in pair) for name in self.names]
         return statistics.median(fastest)

@@ -238,9 +238,9 @@ def _torch_has_lanczos() -> bool:
 def draw_colors(view: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Draws changes of brightness, contrast and saturation in random order, for `pixels.change_colors`.
 
-    As in Pillow's ImageEnhance, each change blends the image with another one: black for brightness, the image's mean
-    grey for contrast, and the image's greyscale for saturation. The mean grey is computed from `view`; other views of
-    the crop get the same changes.
+    As in Pillow's ImageEnhance, each change blends the image with a second image. For brightness, this is a black
+    image; for contrast, an image in the mean grey; for saturation, the image in greyscale. The mean grey is computed
+    from `view`; other views of the crop get the same changes.
 
     Args:
         view: one view of the crop, (3, size, size) uint8.

@@ -36,8 +36,8 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
 
     Args:
         data: content of the file.
-        min_side: minimum pixels of the shorter side after decoding. A JPEG with at least two, four or eight times
-            `min_side` is decoded at a half, a quarter or an eighth of its size. None decodes all pixels.
+        min_side: minimum pixels of the shorter side after decoding. A large JPEG is decoded at a half, a quarter or an
+            eighth of its size, if its shorter side still has `min_side` pixels. None decodes all pixels.
 
     Raises:
         ValueError: if the bytes are not a complete JPEG, PNG, WebP, GIF, BMP or TIFF image, if the file or image is too

@@ -29,9 +29,9 @@ class SourcePosition:
 
 @dataclass(frozen=True, kw_only=True)
 class SetPosition:
-    """Holds the position in one set of samples, which are shuffled together.
+    """Holds the position in one set of samples. The samples of a set are shuffled together.
 
-    With weights, each source is a set. Without weights, all sources of the stream form one set.
+    With sampling weights, each source is a set. Without them, all sources of the stream form one set.
     """
 
     epoch: int

@@ -87,7 +87,7 @@ def prepare_texts(
 
     Files are cut into pieces of `piece_bytes` bytes. The pieces are divided among shares, and a share's pieces among
     processes. No share waits for another one. Token files that exist and are up to date are not written again. When all
-    pieces of a file are tokenized, the file is cut into sequences of at most `data.text_length` tokens.
+    pieces of a text file are tokenized, their tokens are divided into sequences of at most `data.text_length` tokens.
 
     Args:
         data: data section of the run's config.

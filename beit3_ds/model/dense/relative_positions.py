@@ -28,10 +28,10 @@ class RelativePositions(nn.Module):
     m] + q @ columns[j - n] (MViTv2: Li et al., 2021, arXiv:2112.01526, section 4.1). Here, K is the width of q and k.
     The last two products are not scaled, as in ViTDet and SAM.
 
-    The wide query has three parts: q, the products of q with the table entries for all key rows, and those for all key
-    columns. The wide key has k, the one-hot vector of m, and the one-hot vector of n. Attention kernels divide the
-    product of a wide query and a wide key by the square root of their width W. The parts of the wide query are scaled
-    so that the result is the score above. So any attention kernel can compute the score.
+    The wide query has three parts: q, the products of q with the entries of `rows` for all m, and the products of q
+    with the entries of `columns` for all n. The wide key has k, the one-hot vector of m, and the one-hot vector of n.
+    Attention kernels divide the product of a wide query and a wide key by the square root of their width W. The parts
+    of the wide query are scaled so that the result is the score above. So any attention kernel can compute the score.
 
     All heads share the tables `rows` and `columns`. The model's initialization sets both to zero. For images larger
     than the tables, the tables are resampled linearly. The backward pass all-reduces the tables' gradients over the

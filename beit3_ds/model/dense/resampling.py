@@ -38,9 +38,10 @@ def resample_positions(table: Tensor, stored: ModelConfig, model: ModelConfig) -
 def resample_patch_weight(weight: Tensor, patch_size: int) -> Tensor:
     """Resamples the patch projection kernel, (D, 3, P, P), to another patch size.
 
-    The new kernel is the old kernel times the pseudo-inverse of the transposed bicubic resampling (FlexiViT: Beyer et
-    al., 2023, arXiv:2212.08013, section 3.4). With it, a resized patch keeps its embedding, except for details that
-    resizing loses. Resampling the kernel bicubically would change scale and direction of the embeddings.
+    The new kernel is the old kernel times the pseudo-inverse of the transposed matrix of bicubic resampling (FlexiViT:
+    Beyer et al., 2023, arXiv:2212.08013, section 3.4). With the new kernel, a resized patch keeps its embedding, except
+    for details that resizing loses. Resampling the kernel bicubically would change scale and direction of the
+    embeddings.
     """
     old = weight.shape[-1]
     if old == patch_size:

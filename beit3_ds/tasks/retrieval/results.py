@@ -36,7 +36,8 @@ class Retrieved:
     def __init__(
         self, image_indices: Tensor, image_ID: Tensor, caption_keys: Tensor, text_XD: Tensor, device: torch.device
     ) -> None:
-        """Computes the rank of each image's best own caption, and the rank of each caption's image.
+        """Computes two kinds of ranks: for each image, the rank of the highest-scored of its own captions; for each
+        caption, the rank of its image.
 
         A rank is the number of wrong candidates that score higher or tie (`match_ranks`).
 

@@ -83,8 +83,9 @@ class SegmentationRankTask(RankTask):
 class Segmentation(Task):
     """Defines semantic segmentation with a ViT-Adapter and Mask2Former (ADE20K; paper section 3.2).
 
-    Each loss term is summed over the predictions before the first layer of the query decoder and after each layer. The
-    class term is a weighted mean over all queries of a step. The mask terms are means over all target masks of a step.
+    The query decoder predicts masks and classes before its first layer and after each layer. Each loss term is summed
+    over all these predictions. The class term is a weighted mean over all queries of a step. The mask terms are means
+    over all target masks of a step.
     """
 
     Settings = SegmentationConfig
