@@ -283,7 +283,7 @@ class WriterLock:
                     self._write(current)
 
     def _check_is_held(self) -> None:
-        """Takes the lock again, and ends this process if another process has taken it over.
+        """Takes the lock again, or ends this process if another process now has the lock.
 
         An NFS server gives the lock to another host if this host is unreachable for longer than the lease time.
         """

@@ -206,8 +206,8 @@ def _parse_run(content: Mapping[str, Any]) -> RunDescription:
 
 
 def _parse_data(data: Any) -> dict[str, Any]:
-    """Returns `data` after checking the value of the key for the best evaluation. Code that reads other keys must check
-    their values.
+    """Returns `data` after checking the value of the key for the best evaluation. Code that reads another key must
+    check its value.
     """
     data = check_object(data)
     if BEST in data:

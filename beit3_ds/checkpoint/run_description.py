@@ -45,8 +45,8 @@ class RunDescription:
             where: path of the checkpoint, for messages.
 
         Returns:
-            One line per setting that differs between the two runs. The output folder and the settings in `parallel` may
-            differ without a line.
+            One line per setting that differs between the two runs. There are no lines for the output folder and the
+            settings in `parallel`.
 
         Raises:
             ConfigError: if the checkpoint's run has another task, another model or other tokenizers.

@@ -1,5 +1,4 @@
-"""Saves and loads the checkpoints of a run under any layout of ranks. Training continues while a checkpoint is saved.
-"""
+"""Saves and loads the checkpoints of a run under any layout of ranks. Training continues during a save."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""Records the step and phase of a rank's main thread, which the watchdog reports to other ranks."""
+"""Records the step and phase of a rank's main thread. The watchdog reports them to other ranks."""
 
 import sys
 import threading

@@ -71,7 +71,8 @@ class DividedSamples:
 
 
 def sum_gradients(module: nn.Module, tensor: TensorParallel) -> None:
-    """Makes the backward pass sum the gradients of a module over tensor-parallel ranks; call it in `forward`.
+    """Makes the backward pass sum the gradients of a module over tensor-parallel ranks. Call this function in the
+    forward pass.
 
     Each gradient is all-reduced as soon as it is computed. All ranks must run the same modules in the same order in
     every micro-batch, so that their collectives match. A rank without samples runs the modules on zero rows. Repeated

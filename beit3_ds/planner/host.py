@@ -26,7 +26,7 @@ class HostRequirements(NamedTuple):
     shm: int
     """Bytes of /dev/shm for the prefetched steps of the node's ranks."""
     ranks: int
-    """Memory of the node's rank processes and their libraries, in bytes. Host memory that CUDA takes is not included.
+    """Bytes of memory for the node's rank processes and their libraries. Host memory that CUDA takes is not included.
     """
     workers: int
     """Memory of the data workers, in bytes. Each worker holds libraries, one packed step, and the samples of the

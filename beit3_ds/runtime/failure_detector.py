@@ -84,7 +84,8 @@ class FailureDetector:
         ]
 
     def _unexplained(self) -> Failure:
-        """Returns the failure to report if a collective failed, although all ranks answer the request for a heartbeat.
+        """Returns the failure to report in the following case: a collective failed, but all ranks answer the request
+        for a heartbeat.
 
         The usual cause is a timeout of the collective.
         """

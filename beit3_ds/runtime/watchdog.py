@@ -107,11 +107,11 @@ class Watchdog:
         self._store_thread.join()
 
     def announce_failure(self, error: Exception) -> None:
-        """Reports this rank's failure to rank 0, and waits at most five seconds until a failure is published to all
-        ranks.
+        """Reports this rank's failure to rank 0, and waits at most five seconds until rank 0 publishes this failure or
+        an earlier one to all ranks.
 
-        On rank 0, this method then waits at most five more seconds until all ranks have read the published failure. If
-        another rank has already reported a failure, the report of this rank has no effect.
+        On rank 0, this method then waits at most five more seconds until all ranks have read the published failure. An
+        earlier failure of another rank replaces this one.
         """
         self._report(f"{self._describe(self._rank)} failed: {_first_line(error)}")
 

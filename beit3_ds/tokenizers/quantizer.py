@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Replaces each vector by the nearest of `codebook_size` codes, which are unit vectors.
 
-    `start` initialises the codebook, which is a buffer, with k-means. In training mode, each call adds every input
+    The codebook is a buffer, and `start` initialises it with k-means. In training mode, each call adds every input
     vector to its nearest code's sum in `totals`. Once per step, `move_codes` moves every code towards the mean of the
     vectors in its sum. The division of a step into calls and ranks does not affect the result. The codebook and
     `totals` stay in float32 if the module is cast.

@@ -30,9 +30,9 @@ def import_released_tokenizer(
         source: path of the released .pth file, which is read with `weights_only`.
         target: path where the tokenizer will be saved; stored in the tokenizer's config.
         image_size: side of the tokenizer's input images in pixels; None keeps the file's 224. Position embeddings are
-            interpolated to this size. The tokenizer and the model must have the same number of patches along one side.
-            For example, a model with 14 px patches and 224 px images has 16 patches along one side. The tokenizer has
-            16 px patches, so it needs 256 px images.
+            interpolated to this size. The tokenizer and the BEiT-3 model of a run must have the same number of patches
+            along one side. For example, a model with 14 px patches and 224 px images has 16 patches along one side. The
+            tokenizer has 16 px patches, so it needs 256 px images.
         teacher: name of the teacher in the tokenizer's description; the default is the teacher of the `_clip` files.
 
     Raises:

@@ -35,7 +35,7 @@ class WordBorders(NamedTuple):
 
     In a SentencePiece model that writes white space before words (`▁dog`), pieces that begin with white space are True
     too. All other ids are False. In a model that writes white space after words (`dog▁`), True only for BOS, padding
-    and EOS; `ends` then tells where words start.
+    and EOS. In such a model, `ends` tells where words start: after the white space.
     """
     ends: NDArray[np.bool_]
     """Whether a word ends at each id, as far as the id itself tells, (vocab_size,). If True, the id that follows in a

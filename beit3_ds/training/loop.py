@@ -228,7 +228,7 @@ def _finish(run: Run, feed: StepFeed, stop: DistributedStopSignals, done: int, *
     """Waits for the last save, reports why the run ends, and returns whether all steps and evaluations are done.
 
     Raises:
-        ConfigError: if the last checkpoint was not written, or a rank got no data.
+        ConfigError: if the last checkpoint was not written, or a rank got no data although all file systems work.
         StorageError: if a rank got no data because a file system failed.
     """
     run.store.finish()
@@ -270,8 +270,8 @@ def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, must_save: bool
     """Ends a diverged run with an error. Before that, saves a checkpoint if `must_save` is true.
 
     Skipped steps do not change the weights, so the checkpoint holds the weights from before the skipped steps. If a
-    checkpoint already holds these weights, `must_save` is false. If each restart saved them again, the limit on kept
-    checkpoints would delete older checkpoints.
+    checkpoint already holds these weights, `must_save` is false. Otherwise, each restart would save the same weights
+    again, until all older checkpoints were deleted.
     """
     if must_save:
         run.store.save(run.state, done, _data_state(run, done))
@@ -359,7 +359,8 @@ def _evaluate(run: Run, stop: DistributedStopSignals, done: int) -> tuple[bool, 
 def _evaluate_and_record(run: Run, done: int) -> bool:
     """Evaluates loss terms and task metrics, and records them.
 
-    Also writes result files after the last step, and whenever early stopping may end the run after this evaluation.
+    Also writes result files if this evaluation may be the run's last one: after the last step, or because of early
+    stopping.
 
     Returns:
         Whether the evaluation is the best so far (`training.best_metric`); False for the initial weights.

@@ -25,7 +25,7 @@ _SIZES = {
 }
 _IMAGE_SIZE, _EPSILON = 224, 1e-5  # the same in all these models; every norm has this epsilon
 _BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
-"""Number of leading dimensions of size 1 that only timm's tensor has, by timm's name."""
+"""Maps timm's name of a tensor to the number of leading dimensions of size 1 that this project's tensor lacks."""
 
 
 def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:

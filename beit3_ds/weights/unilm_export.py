@@ -38,9 +38,9 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
         fusion: whether to plan the "fusion" export instead of the "dual" export.
 
     Raises:
-        ConfigError: if `fusion` is true and the model has no vision-language experts, or if `fusion` is false and the
-            model has vision-language experts and accepts only pairs. In a model that accepts only pairs, the top blocks
-            have neither vision nor language experts.
+        ConfigError: if the model lacks the experts for the export. The "fusion" export needs vision-language experts.
+            The "dual" export needs vision or language experts in all blocks, which a model that accepts only pairs does
+            not have.
     """
     has_fused_expert = any("vision_language" in reader.model.experts(layer) for layer in range(reader.model.num_layers))
     if fusion and not has_fused_expert:

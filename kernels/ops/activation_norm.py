@@ -25,7 +25,7 @@ from beit3_ds.kernels.prepared import Prepared
 def _forward(
     x_TF: Tensor, gelu: bool, scales: Sequence[Tensor], shifts: Sequence[Tensor], epsilon: float, ends: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Computes LN(GELU(x)) with each row's expert, or LN(x) if `gelu` is false.
+    """Computes LN(GELU(x)), or LN(x) if `gelu` is false. Each row is scaled and shifted by its expert.
 
     Returns:
         The normalised rows, (T, F) in x's dtype. Then the mean and 1 / standard deviation of each row, (2, T) in

@@ -21,7 +21,8 @@ from beit3_ds.kernels.triton.launch_sizes import ceil_div, next_power_of_2
 from beit3_ds.kernels.triton.variant import KernelVariant, build_variant
 
 NUM_EXPERTS = 3
-"""Number of experts that the kernels take as arguments. Calls with fewer experts add experts without rows."""
+"""Number of experts that the kernels take as arguments. If a model has fewer experts, a launch passes further experts
+without rows."""
 
 _SUM_WARPS = 4
 
@@ -207,12 +208,13 @@ def build_row_variant(
     Args:
         architecture: GPU architecture: 80, 90 or 100.
         op: name of the op, the first word of the variant's name.
-        kernel: function decorated with `triton.jit`. Its pointers to statistics and sums have float32 elements.
-        element: element type of all other pointers: "bf16", "fp16" or "fp32".
+        kernel: function decorated with `triton.jit`.
+        element: element type of pointers: "bf16", "fp16" or "fp32". Exceptions are statistics and sums, which are
+            float32, and the pointers in `elements`.
         width: columns per row, D.
         constants: constexpr arguments besides `row_constants`.
         note: text at the end of the variant's name.
-        elements: element types of pointers that differ from `element`, by argument name.
+        elements: element types of pointers with another type than `element`, by argument name.
     """
     tiling = choose_row_tiling(architecture, width)
     values = {**row_constants(width, tiling), **constants}

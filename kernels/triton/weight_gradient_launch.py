@@ -28,9 +28,9 @@ NUM_LAYERS = 3
 """Number of layers that the kernel takes as arguments."""
 
 SUM_BLOCK = SumBlock(512, 4)
-"""Block size for adding the weight gradients of an expert's shares. A share is a range of the expert's rows. There are
-few shares, but each share's gradient has many columns: one per element of the weight. If bias gradients are computed,
-each element of the bias has a column too."""
+"""Block size for adding up weight gradients. The rows of an expert are divided into few shares, and the gradients of
+the shares are added. Each gradient has many columns: one per element of the weight and, if bias gradients are computed,
+one per element of the bias."""
 
 _MOST_SHARES = 16
 _ROUNDING = 64

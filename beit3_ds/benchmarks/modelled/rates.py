@@ -31,7 +31,7 @@ class Rates(NamedTuple):
     float32: float
     """Share of the peak float32 FLOP/s (`GPU.float32_flops`) that float32 products reach. Tensor cores are not used."""
     bandwidth: float
-    """Share of the memory bandwidth that kernels without matrix products reach."""
+    """Fraction of the peak memory bandwidth that is reached by kernels without matrix products."""
 
     def product_seconds(self, flops: float, share: float) -> float:
         """Returns the seconds of a half-precision product at a share of the peak FLOP/s."""

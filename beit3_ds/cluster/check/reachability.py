@@ -15,7 +15,7 @@ async def find_unreachable(hosts: Iterable[str]) -> dict[str, str]:
     Each host has 15 seconds to answer.
 
     Returns:
-        Maps the name of each host on which the command failed or exceeded the time limit to one line with the reason.
+        The hosts on which the command failed or took too long: one line with the reason, by host name.
     """
     limit = asyncio.Semaphore(_AT_A_TIME)
     names = list(hosts)

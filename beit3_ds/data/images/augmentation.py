@@ -38,7 +38,7 @@ class Views(NamedTuple):
 
 
 class ViewTransform(Protocol):
-    """Interface of a function that makes two views of an image, for the model and for the visual tokenizer."""
+    """Interface of a function that makes two views of an image: one for the model and one for the visual tokenizer."""
 
     @property
     def min_side(self) -> int | None:

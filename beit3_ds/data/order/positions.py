@@ -42,10 +42,11 @@ class SetPosition:
     """Key of the current permutation. The run's seed and this key select a permutation of `remaining`, or of all
     samples in the set if `remaining` is None."""
     remaining: tuple[Any, ...] | None = None
-    """Samples that were unused at the last reshuffle within this epoch, in the JSON form of `remaining.to_nodes`.
+    """Samples that were unused when the rest of this epoch was last shuffled again, in the JSON form of
+    `remaining.to_nodes`.
 
-    A run that resumes with changed data, weights or seed reshuffles the unused samples (`resuming`). None if this epoch
-    was not reshuffled.
+    A run that resumes with changed data, sampling weights or seed shuffles the unused samples again (`resuming`). None
+    if this has not happened in this epoch.
     """
     num_remaining: int | None = None
     """Number of samples in `remaining`; None if `remaining` is None."""

@@ -74,7 +74,7 @@ class PreparedText:
         Args:
             folder: folder of the token files.
             text: path of the text file as in the config.
-            tokenizer: tokenizer that must have written the token files.
+            tokenizer: tokenizer of the run. The token files must be from this tokenizer.
             length: maximum tokens per sequence, including BOS and EOS.
             document_separator: whether every document in the token files must end with EOS.
 

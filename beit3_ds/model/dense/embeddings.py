@@ -32,9 +32,9 @@ class DenseEmbeddings(nn.Module):
     Patches are ordered window by window (`patch_grids`), so blocks with windows need no permutation.
 
     The position table covers S x S patches, where S is `ModelConfig.grid_size`. Smaller images use the table's top left
-    corner, as if they were padded to the model's image size. For larger images, the table is resampled bicubically to
-    the longer side. Each tensor-parallel rank embeds all rows. With sequence parallelism, a rank then keeps only a part
-    of the rows (`TensorParallel.scatter_rows`).
+    corner, as if they were padded to the model's image size. If a side of an image is larger, the table is resampled
+    bicubically to a square table for the image's longer side. Each tensor-parallel rank embeds all rows. With sequence
+    parallelism, a rank then keeps only a part of the rows (`TensorParallel.scatter_rows`).
     """
 
     def __init__(self, config: ModelConfig, tensor: TensorParallel, *, fp32_residual_connection: bool = False) -> None:

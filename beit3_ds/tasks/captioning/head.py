@@ -81,7 +81,8 @@ class CaptionHead(Head):
 
 
 def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
-    """Returns a step's loss without the worst-predicted tokens, and the number of right predictions, (2,) float32.
+    """Returns a step's loss of the best-predicted tokens, and the number of right predictions of all tokens, (2,)
+    float32.
 
     Some captions do not fit their images, so Microsoft's BEiT-3 code drops tokens with large losses late in training.
     That code compares the tokens of one rank's batch. This function compares the tokens of the whole step, so the loss
@@ -92,8 +93,8 @@ def sum_best_tokens(features: StepFeatures, dropped_share: float) -> Tensor:
         dropped_share: share of the tokens to drop.
 
     Returns:
-        The scaled loss of the kept tokens, and the number of right predictions of all tokens. The scaled loss is the
-        mean loss of the kept tokens, multiplied by the number of all tokens.
+        The loss and the number of right predictions. The loss is the mean over the kept tokens, multiplied by the
+        number of all tokens.
     """
     losses_M = features.rows[TOKEN_LOSSES]
     num_kept = int(len(losses_M) * (1 - dropped_share))

@@ -36,7 +36,7 @@ class PretrainingRankTask(RankTask):
     validation_sources: Mapping[str, Sequence[str]]
     """Short names of the validation sources, by kind of samples ("images", "pairs" or "texts")."""
     text_tokenizer: TextTokenizer | None
-    """Text tokenizer; None in a run without texts and pairs."""
+    """Text tokenizer; None in a run that has neither texts nor pairs."""
     encoder: CodeEncoder | None
     """Encodes images as visual codes; None on pipeline stages without heads, and in a run on texts only."""
 
