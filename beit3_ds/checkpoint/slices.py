@@ -1,8 +1,8 @@
-"""Defines slices of tensors; each tensor is treated as a matrix.
+"""Defines slices of tensors. A slice is a rectangle of a tensor that is treated as a matrix.
 
 The first dimension of a tensor becomes the rows, and the other dimensions become the columns. A vector becomes one
 column. Under tensor parallelism, a rank holds a block of rows or columns. Under ZeRO, a rank owns a range of the
-block's elements. This range consists of at most three slices.
+block's elements. This range consists of at most three slices: the end of a row, whole rows, and the beginning of a row.
 """
 
 from collections.abc import Iterator

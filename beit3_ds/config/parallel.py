@@ -31,8 +31,8 @@ class ParallelConfig:
     Shoeybi et al., 2019, arXiv:1909.08053). These ranks communicate in every layer, so they should be on one node."""
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks also divide the activations outside attention and FFN, along the sequence
-    (Korthikanti et al., 2022, arXiv:2205.05198). Saves activation memory and sends the same number of bytes. Off by
-    default, because the option changes the rounding of sums."""
+    (Korthikanti et al., 2022, arXiv:2205.05198). Compared with tensor parallelism alone, this needs less memory for
+    activations, and sends as many bytes. Off by default, because the option changes the rounding of sums."""
     pipeline_parallel_size: Ranks = 1
     """Number of pipeline stages over which the layers are divided (1F1B: Narayanan et al., 2021, arXiv:2104.04473).
     Must not exceed the number of micro-batches (`gradient_accumulation_steps`)."""
@@ -44,9 +44,9 @@ class ParallelConfig:
     """Maximum time, in seconds, that a rank waits for another rank before the run ends. Must exceed the time of the
     slowest checkpoint and of the slowest evaluation."""
     heartbeat_timeout_seconds: Seconds = 60
-    """Maximum time, in seconds, without a heartbeat from a rank before the run ends. Heartbeats stop if the rank's
-    process, host or network link fails. A separate thread of each rank sends six heartbeats in this time. The time must
-    be longer than any delay of the thread on a busy host."""
+    """Maximum time, in seconds, between two heartbeats of a rank. If no heartbeat arrives in this time, the run ends.
+    Heartbeats stop if the rank's process, host or network link fails. A separate thread of each rank sends six
+    heartbeats in this time. The time must be longer than any delay of the thread on a busy host."""
 
     def __post_init__(self) -> None:
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:

@@ -48,9 +48,9 @@ class TrainingConfig:
     in the paper. `poly` is a straight line (polynomial of power 1), as in the segmentation training of ViT-Adapter and
     BEiT."""
     layer_decay: LayerDecay = 1.0
-    """Ratio of a layer's learning rate to that of the layer above, for fine-tuning (the reference: 0.65 to 0.85). The
-    embeddings are layer 0, and block i is layer i + 1. The final norm and the head form the last layer, which has the
-    full learning rate."""
+    """Ratio of a layer's learning rate to that of the next layer, for fine-tuning. Microsoft's BEiT-3 code uses 0.65 to
+    0.85. The embeddings are layer 0, and block i is layer i + 1. The final norm and the head form the last layer, which
+    has the full learning rate."""
     head_learning_rate_scale: LearningRateScale = 1.0
     """Factor on the learning rate of the task's head, which fine-tuning trains from scratch (the reference: 20 for
     VQAv2)."""

@@ -118,8 +118,8 @@ def stack_colors(colors: Sequence[Tensor | None]) -> Tensor | None:
     Either all images have colour changes, or none has.
 
     Args:
-        colors: colour changes of each image, (3, 3): one row (factor, weight, offset) per change
-            (`pixels.change_colors`). None for an image without colour changes.
+        colors: colour changes of each image; None for an image without changes. The three changes of an image are (3,
+            3), with one row (factor, weight, offset) per change (`pixels.change_colors`).
     """
     found = [change for change in colors if change is not None]
     assert len(found) in (0, len(colors)), "either all images of a batch have changes of colours, or none has"

@@ -22,8 +22,9 @@ from beit3_ds.parallel import TensorParallel, split_parameter
 class ColumnParallelMultiwayLinear(nn.Module):
     """Holds one linear layer per expert, with output features split over tensor-parallel ranks (paper, section 2.1).
 
-    A subclass or the parent module applies the layer, and a RowParallelMultiwayLinear follows. Pass the input through
-    `TensorParallel.gather_from` first, once for all layers that share it; the layer itself does not communicate.
+    A subclass or the parent module applies the layer, and a RowParallelMultiwayLinear follows. The layer does not
+    communicate. The caller passes the input through `TensorParallel.gather_from` first, once for all layers that share
+    the input.
 
     The parameters are `weight_EXPERT` and `bias_EXPERT`. They belong to this module instead of child modules, so that
     ZeRO-3 gathers all of them in one hook. They are uninitialized until `initialize_parameters` is called.

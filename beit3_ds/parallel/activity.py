@@ -20,7 +20,8 @@ class Activity:
         """Duration of the longest phase of a step or an evaluation so far, in seconds."""
         self._begun_at = time.monotonic()
         self.lost_contact = False
-        """True after a collective has failed, while the main thread waits for rank 0 to find the cause."""
+        """True after a collective has failed, while the main thread waits until rank 0 has found the cause of the
+        failure."""
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Begins a phase.

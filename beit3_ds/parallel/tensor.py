@@ -168,8 +168,8 @@ class TensorParallel:
         """Splits the rows of a vocabulary over the ranks, and returns this rank's part.
 
         Each of the P ranks holds ceil(size / P) rows, rounded up to a multiple of 64 if P exceeds 1 and `size` is at
-        least 64 P. Rows beyond the vocabulary are padding. With the same number of rows on all ranks, ZeRO flattens
-        parameters in the same way on all ranks. So replicated parameters stay bitwise equal.
+        least 64 P. Rows beyond the vocabulary are padding. Because all ranks have the same number of rows, ZeRO
+        flattens parameters in the same way on all ranks, and replicated parameters stay bitwise equal.
         """
         assert size >= self.size, f"{self.size} tensor-parallel ranks share a vocabulary of {size}"
         alignment = _VOCAB_ALIGNMENT if self.size > 1 and size >= _VOCAB_ALIGNMENT * self.size else 1

@@ -3,7 +3,7 @@
 Importing this module checks DeepSpeed's version. Other modules meet DeepSpeed's further requirements:
 
     gradient accumulation   always 1 in the engine (`RunConfig.engine_config`)
-    norms                   `ModelParallelUnit` names the ranks over which DeepSpeed sums them
+    gradient norms          DeepSpeed sums them over the ranks that `ModelParallelUnit` names
     split parameters        have the attribute `tensor_model_parallel`
     micro-batches           use every parameter of a model chunk, and always compute gradients in the same order
 """

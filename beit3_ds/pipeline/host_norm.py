@@ -1,8 +1,8 @@
 """Copies DeepSpeed's gradient norm to the host as soon as it is computed, so that a step waits for the device once.
 
 Without this module, DeepSpeed's optimizers wait for the device several times: to copy constants to the device, to check
-the norm, and, without ZeRO, once per parameter. One of these waits begins after the update is queued, and therefore
-lasts until the update is done.
+the norm, and, without ZeRO, once per parameter. One of these waits begins after the optimizer's update is queued on the
+device, and lasts until the update is done.
 """
 
 from collections.abc import Sequence

@@ -126,8 +126,8 @@ class RankModel:
         return rows._replace(ffn=workload.masked) if self.cuts_rows(chunk, layer) else rows
 
     def cuts_rows(self, chunk: range, layer: int) -> bool:
-        """Returns whether a block's FFN computes only masked rows: true for the last block if the chunk also contains
-        the head.
+        """Returns whether the FFN of block `layer` computes only masked rows. This is the case for the model's last
+        block, if `chunk` also contains the head.
 
         False in a model with `dense`, because its heads read all rows.
         """

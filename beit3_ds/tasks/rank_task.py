@@ -255,9 +255,9 @@ class RankTask:
             folder: folder for result files and pages, which only the main rank writes. With None, no files are written.
 
         Returns:
-            Metrics by name on the main rank; empty on other ranks, and for a split without annotations. In training,
-            the means of the loss terms over the validation samples are recorded together with the metrics. A metric
-            that has the name of a loss term replaces the mean of this term.
+            On the main rank, the metrics by name. Empty on other ranks; also empty for a split without annotations. In
+            training, the means of the loss terms over the validation samples are recorded together with the metrics. A
+            metric that has the name of a loss term replaces the mean of this term.
         """
         return {}
 

@@ -42,7 +42,7 @@ class CsvMonitor:
         self._report_changes()
 
     def forget_after(self, step: int) -> None:
-        """Deletes the rows of steps after `step`, which a resumed run repeats. With -1, deletes all rows."""
+        """Deletes the rows of steps after `step`; a resumed run repeats these steps. With -1, deletes all rows."""
         for path in sorted(self._folder.glob("*.csv")):
             rows = _read_own_rows(path)
             if rows is not None:

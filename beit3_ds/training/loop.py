@@ -41,7 +41,7 @@ class Resumption(NamedTuple):
     """Holds the step and the checkpoint from which a run continues."""
 
     first_step: int
-    """Number of steps done; 0 without a checkpoint."""
+    """Index of the next step, from 0, which is also the number of steps done; 0 without a checkpoint."""
     checkpoint: Index | None
     """Content of the checkpoint's index file, including the position in the training data; None without a checkpoint.
     """
@@ -90,9 +90,9 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
     """Trains from `run.first_step` to the end, with progress reports, evaluations and checkpoints.
 
     When a rank receives a stop signal, all ranks finish the current step, save a checkpoint and return. This takes at
-    most one step and two saves, because a new save first waits for the previous save. A rank that waits for the data of
-    the next step stops waiting. An evaluation stops between two batches, and the next start repeats it. If the signal
-    arrives before the first step, all ranks return at once.
+    most the time of one step and two saves, because the new save first waits until a running save has ended. A rank
+    that waits for the data of the next step stops waiting. An evaluation stops between two batches, and the next start
+    repeats it. If the signal arrives before the first step, all ranks return at once.
 
     Args:
         run: parts of the run.

@@ -30,7 +30,7 @@ class Update(NamedTuple):
 
     @property
     def is_skipped(self) -> bool:
-        """Returns whether the update was skipped, which is equal on all ranks."""
+        """Returns whether the update was skipped; equal on all ranks."""
         return not math.isfinite(self.grad_norm)
 
 

@@ -106,7 +106,7 @@ class WithoutTensors:
             patterns: patterns of tensor names, such as `heads.boxes.stages.*.classes.*`; `*` matches any characters.
 
         Raises:
-            ConfigError: if a pattern matches no tensor, or a tensor outside the head.
+            ConfigError: if a pattern matches no tensor, or if it matches a tensor outside the head.
         """
         self.model, self.step, self.task = reader.model, reader.step, reader.task
         self.shape, self.dtype, self.read = reader.shape, reader.dtype, reader.read

@@ -48,7 +48,7 @@ class Gaps:
         return None
 
     def take_high(self, size: int, ceiling: int) -> int | None:
-        """Allocates the highest `size` adjacent free bytes below `ceiling`.
+        """Allocates `size` adjacent bytes at the highest possible offset below `ceiling`.
 
         Args:
             size: number of bytes.

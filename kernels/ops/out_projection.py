@@ -259,7 +259,8 @@ def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
 
 
 def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns LN(GELU(x)), or LN(x) without `form.gelu`, and the mean and 1 / standard deviation of each row.
+    """Returns LN(GELU(x)), or LN(x) without `form.gelu`. Also returns statistics: mean and 1 / standard deviation of
+    rows.
 
     The statistics are one tensor (2, T), or two tensors (T,) if ranks divide the columns of a row. In that case, this
     rank gathers two numbers per row from each rank.

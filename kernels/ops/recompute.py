@@ -25,8 +25,8 @@ class RecomputeFunction:
         self._num_users += 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the rows (T, D). In a backward pass, the first call computes the rows, and the last call releases
-        them.
+        """Returns the rows (T, D). In a backward pass, the first call computes the rows, and they are kept until the
+        last layer that uses them has called.
 
         Args:
             tensors: arguments of the function, which autograd saved (`Recomputable.tensors`).
@@ -49,7 +49,7 @@ class Recomputable(NamedTuple):
 
 
 def rows_to_save(x_TD: Tensor, recompute: Recomputable | None) -> tuple[RecomputeFunction | None, tuple[Tensor, ...]]:
-    """Returns what a layer saves, so that its backward pass has the input rows.
+    """Returns what a layer must save to have its input rows in the backward pass.
 
     If `recompute` is None, returns None and `(x_TD,)`. Otherwise, returns `recompute.function` and `recompute.tensors`,
     and counts the layer as a user of the function.

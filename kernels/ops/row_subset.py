@@ -29,9 +29,9 @@ def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     """Returns a copy of the residual stream, with new rows in place of the rows that `take_rows` copied.
 
     Every `take_rows` needs a `put_rows`. The backward pass of `put_rows` returns the whole output gradient as the
-    gradient of `stream_TD`, without clearing the rows `rows_K`. The backward pass of `take_rows` then overwrites these
-    rows with the gradient of the rows that `take_rows` copied. This avoids a pass that clears gradients, and a pass
-    that adds gradients.
+    gradient of `stream_TD`, and does not set the rows `rows_K` of this gradient to zero. The backward pass of
+    `take_rows` then overwrites these rows with the gradient of the copied rows. This saves a pass that clears
+    gradients, and a pass that adds gradients.
 
     Args:
         stream_TD: residual stream that `take_rows` returned.

@@ -46,8 +46,8 @@ def rows_of(program, rows, stop_0, stop_1, stop_2):
 def load_of_expert(expert, ptr_0, ptr_1, ptr_2, D: tl.constexpr, BLOCK: tl.constexpr):
     """Loads one expert's parameter: D values, then zeros up to BLOCK values, all in float32.
 
-    Each `if` below has its own load. With one load after a choice of the pointer, the compiler would not know the
-    pointer's alignment.
+    Each `if` below has its own load. If the code chose a pointer first and then loaded from it, the compiler would not
+    know the pointer's alignment.
     """
     columns = tl.arange(0, BLOCK)
     if expert == 0:

@@ -49,7 +49,7 @@ class CallCounts:
     reads: float
     """Read calls per sample."""
     kilobytes: float
-    """Kilobytes per sample that the read calls returned."""
+    """Kilobytes that the read calls returned, per sample."""
 
 
 def count_calls() -> list[CallCounts]:

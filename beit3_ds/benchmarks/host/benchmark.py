@@ -24,7 +24,8 @@ def benchmark_host(rounds: int = 15, json_path: str | None = None) -> str:
 
     Kernel launches are measured on an emulated GPU whose kernels do nothing (`fake_driver`). The measured layers are
     narrow, and are built like those of the base and giant models. ZeRO-3's hooks are measured on the CPU, with a model
-    of 40 narrow layers on one rank. Steps with ZeRO-3 and steps without ZeRO run in turn. Both include updates.
+    of 40 narrow layers on one rank. Steps with ZeRO-3 and steps without ZeRO run in turn; all of them include an
+    optimizer update.
 
     Args:
         rounds: number of measured rounds.

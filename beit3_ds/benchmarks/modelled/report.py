@@ -25,8 +25,8 @@ HOST = {
 768 is the base model with separate attention and FFN weights for each modality, and with sub-LayerNorm. 1408 is the
 giant model. The three pairs are `layer`, `norm` and `zero3_ratio` of `HostTimes`. In each pair, the first value is for
 the code before its optimization, and the second value is for the current code. The second value of `norm` is an
-assumption. All other values were measured on an idle CPU with empty kernel launches; for the current code, they were
-measured by `beit3 bench host`.
+assumption. All other values were measured on an idle CPU with empty kernel launches. `beit3 bench host` repeats these
+measurements for the current code.
 """
 
 UNKNOWN = (

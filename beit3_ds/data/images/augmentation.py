@@ -76,8 +76,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int | None:
-        """Returns the minimum length of a decoded image's shorter side in pixels; from this length on, no crop is
-        enlarged.
+        """Returns how long a decoded image's shorter side must be, in pixels, so that no crop is enlarged.
 
         Returns None if `min_crop_scale` is 0. Crops may then have any size, so images must be decoded in full size.
         """

@@ -101,7 +101,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Rest:
-    """Represents the samples of the set `whole` that remain after the first `taken` samples of a permutation."""
+    """Represents the rest of the set `whole`: all samples except the first `taken` ones of a permutation."""
 
     whole: RemainingSamples
     seed: int

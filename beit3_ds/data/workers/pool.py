@@ -192,7 +192,7 @@ class _Workers(Generic[RequestT, ItemT]):
         return self.unpack(worker, request, reply)
 
     def wait_for_any(self, workers: list[int]) -> None:
-        """Waits at most `POLL_SECONDS` until one of the given workers has sent data."""
+        """Waits until one of the given workers has sent data, but not longer than `POLL_SECONDS`."""
         poll = select.poll()
         for worker in workers:
             poll.register(self.processes[worker], select.POLLIN)

@@ -157,7 +157,7 @@ class _AxisPlaces(NamedTuple):
     length. In all other cases, the entry is a row of the trained table.
     """
     one_hot_TA: Tensor
-    """One-hot vector of each patch's position along the axis in its window or image, (T, A) bool."""
+    """Each patch's position in its window or image, along the axis, as a one-hot vector, (T, A) bool."""
     larger: tuple[int, ...]
     """Side lengths of images along the axis, in patches, ascending and without repetition. Only lengths above
     `RelativePositions.side` are listed. The trained table is resampled once for each of them."""

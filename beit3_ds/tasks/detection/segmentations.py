@@ -110,12 +110,12 @@ def _parse_run_lengths(value: dict[str, Any], size: tuple[int, int]) -> bytes:
 
 
 def _count_pixels(counts: bytes) -> int:
-    """Returns the sum of compressed run lengths in COCO's format.
+    """Returns the sum of compressed run lengths in COCO's format, which has one number per run.
 
     A number is written in groups of five bits, the lowest group first. Each group is stored in one character. The
     character's code minus 48 has the group in bits 0 to 4, and has bit 5 set if another group follows. The groups of a
-    number form a signed integer in two's complement. From the fourth run on, the number is the difference from the run
-    length two runs before.
+    number form a signed integer in two's complement. The first three numbers are run lengths. Each later number is the
+    difference from the run length two runs before.
 
     Raises:
         ValueError: if a character is invalid, the last number is cut off, or a run length is negative.

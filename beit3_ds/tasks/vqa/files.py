@@ -107,7 +107,7 @@ class VqaQuestions(CollectedAnnotations):
         """Returns the answers that people gave to a question.
 
         Raises:
-            ConfigError: if this question or any other question of the collection has no answers.
+            ConfigError: if this question has no answers, or any other question of the collection has none.
         """
         self.check_has_answers()
         answers: list[str] = json.loads(self._answers[index])
