@@ -259,8 +259,7 @@ def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
 
 
 def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns LN(GELU(x)), or LN(x) without `form.gelu`. Also returns statistics: mean and 1 / standard deviation of
-    rows.
+    """Returns LN(GELU(x)), or LN(x) without `form.gelu`. Also returns the mean and 1 / standard deviation of each row.
 
     The statistics are one tensor (2, T), or two tensors (T,) if ranks divide the columns of a row. In that case, this
     rank gathers two numbers per row from each rank.
