@@ -228,8 +228,8 @@ class PackedBatch(RowLayout):
     def fingerprint(self) -> str:
         """Returns a digest by which ranks check that they read the same samples.
 
-        Covers the sequences, sample names, token ids, masks, head rows, stochastic-depth factors and targets, except
-        targets with dtype uint8 or a floating-point dtype. Does not cover the pixels.
+        Covers the sequences, sample names, token ids, masks, head rows and stochastic-depth factors. Also covers
+        targets, except those with dtype uint8 or a floating-point dtype. Does not cover the pixels.
         """
         digest = hashlib.sha256(
             repr(

@@ -104,7 +104,7 @@ class WriterLock:
             ConfigError: if the lock file cannot be used, or if the holder shows signs of life and is not stopping. In
                 the second case, the message names the holder's host and process.
             StorageError: if a holder that is stopping or shows no sign of life keeps the lock for `WAIT_SECONDS`.
-            WaitStoppedError: if a stop signal ends the wait for such a holder.
+            WaitStoppedError: if this process receives a stop signal while it waits for the lock.
         """
         try:
             self._acquire()

@@ -218,8 +218,8 @@ class EngineState:
         Args:
             read: function that returns a float32 slice of a tensor in `local_tensors`. It is called for the weights,
                 moments and averages of the elements that this rank owns. Under ZeRO-1 and 2, and in bf16 without ZeRO,
-                the model stores its own copy of the weights. In these cases, `read` is also called for all of the
-                model's weights on this rank.
+                the optimizer and the model have separate copies of the weights. In these cases, `read` is also called
+                for all weights in this rank's model.
             optimizer_step: AdamW's count of updates, used for bias correction.
         """
         self._load_weights(read, set(self._parameters))

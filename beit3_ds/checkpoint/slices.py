@@ -76,12 +76,11 @@ def whole_slice(shape: torch.Size) -> TensorSlice:
 
 
 def own_block(shape: torch.Size, split: Split | None) -> TensorSlice:
-    """Returns the block of a whole tensor that a tensor-parallel rank holds.
+    """Returns the block of a whole tensor that this tensor-parallel rank holds.
 
     Args:
         shape: shape of the whole tensor.
-        split: this rank's part along dimension 0, or along dimension 1 of a matrix; None if the rank holds the whole
-            tensor.
+        split: this rank's part of the tensor, along dimension 0 or 1; None if the rank holds the whole tensor.
     """
     rows, columns = matrix_shape(shape)
     if split is None:

@@ -129,8 +129,8 @@ class NormOutput(NamedTuple):
     h_TD: Tensor
     """Normalized rows."""
     recompute: Recomputable | None
-    """Recomputes the normalized rows in the backward pass, for layers that need them there. None with sequence
-    parallelism, where the recomputed rows would have to be gathered again."""
+    """Recomputes the normalized rows for layers whose backward pass needs the rows. None with sequence parallelism,
+    where the recomputed rows would have to be gathered again."""
 
 
 class MultiwayLayerNorm(nn.Module):
@@ -192,7 +192,7 @@ class MultiwaySubLayerNorm(nn.Module):
             self.register_parameter(f"bias_{expert}", split_parameter(split, width))
 
     def forward(self) -> SubNorm:
-        """Returns the norm in the form that RowParallelMultiwayLinear applies."""
+        """Returns the norm's parameters as a `SubNorm`, which RowParallelMultiwayLinear applies."""
         is_divided = self.tensor.size > 1
         return SubNorm(
             _weights(self),

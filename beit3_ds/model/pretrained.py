@@ -120,8 +120,8 @@ def check_task(stored: Mapping[str, Any] | None, task: str, where: str, *, needs
         stored: name and settings of the task that the weights belong to; None counts as pretraining.
         task: name of the run's task.
         where: name of the weights, for messages.
-        needs_head: whether the weights must contain the task's head, as for an evaluation. If True, pretraining weights
-            are valid only for pretraining.
+        needs_head: whether the weights must contain the task's head, as for an evaluation. If True, weights from
+            pretraining are valid only if the run's task is pretraining.
 
     Raises:
         ConfigError: if the weights are not valid for the run's task; the message names the two tasks.

@@ -68,8 +68,8 @@ class TiedWordEmbedding:
     def after_backward(self, *, is_last: bool) -> list[Message]:
         """On the last stage, adds the gradient of the copied word table to a sum over the step's micro-batches.
 
-        If `is_last` is True, also starts sending the sum to the first stage. On other stages and without a pipeline,
-        does nothing. Call this method after each backward pass of a step.
+        If `is_last` is True, the last stage also starts sending the sum to the first stage. Other stages, and a run
+        without a pipeline, do nothing. Call this method after each backward pass of a step.
 
         Args:
             is_last: whether the backward pass was this stage's last one of the step.

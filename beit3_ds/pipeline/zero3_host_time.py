@@ -21,7 +21,7 @@ from deepspeed.utils import nvtx
 from torch import Tensor, nn
 
 _read_parameter = parameter_offload.ZeROOrderedDict.__getitem__
-"""DeepSpeed's function, which gathers a partitioned parameter that a module reads."""
+"""DeepSpeed's function for reading a module's parameter; it gathers the parameter if it is partitioned."""
 
 
 def shorten_zero3_hooks(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:

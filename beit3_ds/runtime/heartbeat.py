@@ -59,8 +59,8 @@ class RankStatus:
         self.beaten_at = now
         """Monotonic time in seconds when this process noticed the newest heartbeat."""
         self.unchanged_since = now
-        """Monotonic time in seconds when this process last noticed that the rank began a phase, or began or ended a
-        wait."""
+        """Monotonic time in seconds at which this process last noticed a change: the rank began a phase, began a wait
+        or ended a wait."""
 
     @property
     def unchanged_seconds(self) -> float:

@@ -95,8 +95,8 @@ def draw_shapes(
         rng: random generator for the shade of the background.
 
     Returns:
-        The image, and one tuple per shape of which at least 35% is visible. The tuple has the shape, the mask of the
-        visible part, (height, width) bool, and whether the shape is fully visible.
+        The image, and one tuple per visible shape. Shapes of which less than 35% is visible are left out. The tuple has
+        the shape, the mask of the visible part, (height, width) bool, and whether the shape is fully visible.
     """
     wide, high, side = width * _OVERSAMPLING, height * _OVERSAMPLING, min(width, height) * _OVERSAMPLING
     grey = rng.randint(200, 250)

@@ -28,7 +28,9 @@ class Comparison:
         return max((abs(a - b), step) for a, b, step in zip(first, second, self.steps, strict=True))
 
     def describe(self) -> str:
-        """Returns the number of common steps, and one line per loss with the largest difference and its step."""
+        """Returns the number of common steps and, in one line per loss, the largest difference and the step at which it
+        occurs.
+        """
         lines = [f"{self.names[0]} and {self.names[1]}: {len(self.steps)} steps in common"]
         for name in self.losses:
             difference, step = self.largest_difference(name)

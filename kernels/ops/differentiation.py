@@ -12,9 +12,9 @@ _Gradients = TypeVar("_Gradients")
 def once_differentiable(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
     """Decorates a backward pass that autograd must not differentiate, because its own derivative is unknown.
 
-    PyTorch's decorator of this name switches gradients off at every call, and returns gradients that fail when they are
-    differentiated. This decorator instead raises an error right away if the caller passes `create_graph=True`. This
-    check is faster; switching gradients off takes longer than launching a kernel.
+    With PyTorch's decorator of this name, an error is raised only when the computed gradients are differentiated. With
+    this decorator, an error is raised right away if the caller passes `create_graph=True`. This decorator is also
+    faster, because it does not switch gradient recording off, which takes longer than launching a kernel.
     """
 
     @wraps(backward)

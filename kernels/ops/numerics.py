@@ -21,8 +21,8 @@ def check_against_reference(
     """Compares the results of a kernel with a reference that is computed in float64.
 
     The allowed error has two terms. The first is twice the error of the reference in the kernel's dtype. The second is
-    eight times the float32 rounding error of the largest input or result. The second term is needed because a reference
-    with few values may have no error by chance.
+    eight times the float32 rounding error of the largest input or result. The second term is needed because, for few
+    values, the reference in the kernel's dtype may be exact by chance.
 
     Args:
         names: name of each result, for the error message.

@@ -87,8 +87,8 @@ def packed_attention(
 def runs_kernels(q_THK: Tensor) -> bool:
     """Returns whether `packed_attention` may use its GPU kernels; otherwise it uses PyTorch's operations.
 
-    The kernels support heads with at most 128 columns, and all dtypes except float64. They must also pass their check
-    at the first use on the device (`self_check`).
+    The kernels support heads with at most 128 columns, and all dtypes except float64. Before their first use on a
+    device, the kernels are checked (`self_check`). If the check fails, the result is False.
     """
     head_size = q_THK.shape[-1]
     return head_size <= _WIDEST_HEAD and KERNELS.accept(q_THK, head_size=head_size)

@@ -33,8 +33,8 @@ def _transposed_product(
 ):
     """Computes one tile of (factor * dy)[start:stop].T @ x[start:stop]. With SUMS, also sums factor * dy over rows.
 
-    The sums are computed as a product with a matrix of ones, (rows, 16), so they are returned 16 times. The reason for
-    this product: it can read dy from shared memory, while a plain sum needs dy in registers.
+    The sums are computed as a product with a matrix of ones, (rows, 16), so they are returned 16 times. A product is
+    used because it can read dy from shared memory, while a plain sum needs dy in registers.
     """
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, 16], tl.float32)

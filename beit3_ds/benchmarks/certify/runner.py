@@ -34,9 +34,9 @@ def certify(
     """Runs each section whose results in `folder` are missing, incomplete or failed, and updates the report after each
     section.
 
-    After the machine's section, runs the sections that have no recorded status. Then runs sections that did not
-    complete, for example because an earlier call cut them off, and sections with failed measurements. Skips
-    measurements that succeeded before.
+    After the machine's section, runs the sections that have no recorded status. Then runs sections that have failed
+    measurements, and sections that did not complete, for example because an earlier call was killed. Skips measurements
+    that succeeded before.
 
     Args:
         folder: folder for the report, the results and the sections' logs; created if missing.

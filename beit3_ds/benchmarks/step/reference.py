@@ -1,10 +1,10 @@
 """Trains torchscale 0.3.0's BEiT-3 like microsoft/unilm; this is the reference of `beit3 bench train`.
 
 The model, initial values, parameter groups and order of the step follow microsoft/unilm's `beit3`. The pretraining code
-of BEiT-3 was never released, so the masked-modeling losses follow BEiT v2. Texts are padded to a fixed length, like
-`_get_text_segment` in unilm's datasets.py, or on request to the longest text of the batch. Other differences from unilm
-only make this file faster: logits are computed only at masked positions, AdamW is torch's fused version, and gradients
-are freed after every step.
+of BEiT-3 was never released, so the masked-modeling losses follow BEiT v2. Texts are padded to a fixed length, as
+`_get_text_segment` does in unilm's datasets.py. As an option, they are padded to the longest text of the batch. Other
+differences from unilm only make this file faster: logits are computed only at masked positions, AdamW is torch's fused
+version, and gradients are freed after every step.
 
 Ratios to the reference are comparable only while this code stays the same. So tests/benchmarks/step/test_benchmark.py
 checks a hash of this code.

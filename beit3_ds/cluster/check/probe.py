@@ -162,10 +162,10 @@ class Probe:
             addresses: addresses to listen at. The first address is required, and the others are optional.
 
         Returns:
-            Dict with three keys. "wanted" is the argument `port`. "port" is the port on which this method listens:
-            `port` if the first address allows it, else a free port. "owner" is None if the first address allows `port`.
-            Otherwise, "owner" describes the process that listens on `port`; if no such process is found, "owner" is the
-            error message.
+            Dict with three keys. "wanted" is the argument `port`. "port" is the port on which this method listens: the
+            wanted port or, if this cannot be used at the first address, a free port. "owner" is None if the wanted port
+            can be used. Otherwise, "owner" describes the process that listens on the wanted port; if no such process is
+            found, "owner" is the error message.
         """
         first, *others = addresses
         owner = None

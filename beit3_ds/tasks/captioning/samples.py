@@ -85,7 +85,7 @@ class CaptionSamples(CaptionedSamples):
 
 
 def build_stream(config: RunConfig, tokenizer: TextTokenizer, mask_ratio: float, split: Split) -> dict[str, Stream]:
-    """Opens the images and captions of a split, as {"pairs": samples}; empty for a split without sources.
+    """Opens the images and captions of a split. Returns {"pairs": samples}, or {} if the split has no sources.
 
     Training images are augmented. Images of other splits are resized without cropping.
 

@@ -293,7 +293,7 @@ class _Collected:
         self.skipped[reason] = Skipped(count + 1, first)
 
     def add_list(self, key: str, entry: Any) -> None:
-        """Adds an entry of 'images' or of 'annotations'.
+        """Adds one entry of a list: of 'images' or of 'annotations'.
 
         Raises:
             ConfigError: if the entry is invalid; the message names the file and the id.

@@ -1,4 +1,4 @@
-"""Converts detections to entries of COCO's result files. Resamples masks inside boxes to masks of whole images."""
+"""Converts detections to entries of COCO's result files. Resamples a box's mask to a mask of the whole image."""
 
 # N detections, S side of a predicted mask.
 

@@ -3,12 +3,12 @@
 | format | class of an image |
 |---|---|
 | folder | topmost folder in the image's path: `n01440764/n01440764_10026.JPEG` |
-| tars | first that exists: last folder in the path, number in `KEY.cls`, file name before `_` (`n01440764_10026.jpg`) |
+| tars | last folder in the path; without folders, number in `KEY.cls`; without both, file name before `_` |
 | JSON lines | value of `class` |
 
 `KEY` is the path of an image in the tar file, without the extension. The number in `KEY.cls` is a class label. The
-folders, the file name before `_` and the value of `class` are class keys (`ImageClass.key`). In JSON lines, `image` is
-the image's path in the folder of images.
+folders, the file name before `_` (`n01440764_10026.jpg`) and the value of `class` are class keys (`ImageClass.key`). In
+JSON lines, `image` is the image's path in the folder of images.
 """
 
 import os

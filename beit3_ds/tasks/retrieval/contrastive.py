@@ -25,10 +25,11 @@ _BLOCK_ELEMENTS = 1 << 20
 def contrastive_sums(features: StepFeatures, *, mask_duplicates: bool) -> Tensor:
     """Returns two losses and two counts, each summed over all pairs of a step, (4,) float32.
 
-    The first two are cross entropies: of each image's caption among all captions, and of each caption's image among all
-    images. The third is the number of images whose own caption has the highest score of all captions. The fourth is the
-    number of captions whose own image has the highest score of all images. Scores are computed in blocks of rows and
-    recomputed in the backward pass, so memory grows linearly with the number of pairs.
+    The first is the cross entropy of finding each image's caption among all captions. The second is the cross entropy
+    of finding each caption's image among all images. The third is the number of images whose own caption has the
+    highest score of all captions. The fourth is the number of captions whose own image has the highest score of all
+    images. Scores are computed in blocks of rows and recomputed in the backward pass, so memory grows linearly with the
+    number of pairs.
 
     Args:
         features: normalised features of images and captions, and the scale of scores. Image i belongs to caption i.

@@ -37,8 +37,9 @@ def pack(
 
     Args:
         samples: images with captions; may be empty. A training sample has one caption.
-        drop_path: factors of stochastic depth, (2 * samples, layers, 2) float32; None without stochastic depth. The
-            rows alternate: first sample's image, first sample's caption, second sample's image, and so on.
+        drop_path: factors of stochastic depth, (2 * samples, layers, 2) float32; None without stochastic depth. Its
+            rows are in another order than the packed rows: first sample's image, first sample's caption, second
+            sample's image, and so on.
         sources: value of `PackedBatch.sources`.
         model: the model's configuration.
         embeds: whether the batch contains the pixels; a pipeline stage without the embedding layer needs none.

@@ -24,8 +24,8 @@ class ScoredQuestion(NamedTuple):
 def question_accuracy(answers: Sequence[str], prediction: str) -> float:
     """Returns the accuracy of one predicted answer, from 0 to 1.
 
-    Answers are compared in normal form (`normalize_answer`). If all people gave the same answer, only white space is
-    normalised (`strip_answer`), as in the official evaluator.
+    The prediction and people's `answers` are compared in normal form (`normalize_answer`). However, if all people gave
+    the same answer, only white space is normalised (`strip_answer`), as in the official evaluator.
 
     Raises:
         ConfigError: if people gave no answers.
