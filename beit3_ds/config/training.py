@@ -78,9 +78,9 @@ class TrainingConfig:
     steps, which should be far fewer than `total_steps`. Evaluations use the average, and `beit3 export --ema` writes
     the average. The average takes 4 bytes per parameter. With null, no average is kept."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Which activations the backward pass recomputes. `none` recomputes only GELUs, sub-LayerNorms and attention
-    scores, which are cheap. This is the selective recomputation of Korthikanti et al., 2022 (arXiv:2205.05198). `full`
-    recomputes every block, which takes a third more compute."""
+    """Which activations the backward pass recomputes. With `none`, no block is checkpointed; only GELUs, sub-LayerNorms
+    and attention scores are recomputed, because they are cheap. This is the selective recomputation of Korthikanti et
+    al., 2022 (arXiv:2205.05198). With `full`, every block is recomputed, which takes a third more compute."""
     fp32_residual_connection: bool = True
     """Whether a bf16 run keeps the residual stream in float32, like Megatron's option of the same name. Matrix products
     stay in bf16. In a measurement with 40 narrow layers (BENCHMARKS.md), the option cut the gradient error to about a

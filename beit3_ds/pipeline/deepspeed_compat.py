@@ -74,7 +74,7 @@ def adapt_engine(engine: DeepSpeedEngine, mesh: Mesh) -> None:
 def zero1_adds_up_in_float32() -> Iterator[None]:
     """Makes DeepSpeed use ZeRO's own optimizer instead of BF16_Optimizer for engines built in the `with` block.
 
-    DeepSpeed chooses BF16_Optimizer for ZeRO-1 with bf16 and float32 gradient sums. BF16_Optimizer ignores
+    For ZeRO-1 in bf16 with float32 sums of gradients, DeepSpeed chooses BF16_Optimizer. BF16_Optimizer ignores
     `overlap_comm` and `reduce_bucket_size`. ZeRO's own optimizer uses both settings, and adds up gradients in float32
     like BF16_Optimizer.
     """

@@ -181,7 +181,8 @@ class Schedule:
         Args:
             chunk: index of the model chunk within the stage.
             batch: the packed micro-batch.
-            forward: whether the pass is a forward pass, which receives the stream.
+            forward: True for a forward pass, which receives the stream; False for a backward pass, which receives the
+                gradient.
 
         Returns:
             The message to wait for, or None if the pass needs nothing from another stage.

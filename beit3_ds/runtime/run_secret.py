@@ -11,7 +11,7 @@ from beit3_ds.config import ConfigError
 SECRET_VARIABLE = "BEIT3_SECRET_FILE"
 """Environment variable with the secret file's path. `beit3 launch` creates a new file each time it starts the ranks."""
 SECRET_FILE = "rank_secret"
-"""Name of the file in the output folder that holds the secret if `SECRET_VARIABLE` is not set."""
+"""Name of the secret file in the output folder. The file is used if `SECRET_VARIABLE` is not set."""
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
 
 

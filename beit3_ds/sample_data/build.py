@@ -164,9 +164,9 @@ def _split(groups: list[list[Sample]], fraction: float) -> tuple[list[Sample], l
     """Splits groups of samples into training and validation samples. A group is never divided.
 
     The groups are visited in a fixed shuffled order. A group becomes validation samples if it meets two conditions.
-    First, the group has at most four samples. Second, with this group added, each category still has at most its limit
-    of validation samples. The limit is `fraction` of all samples of the category, rounded to a whole number. All other
-    groups become training samples.
+    First, the group has at most four samples. Second, with this group, no category has more validation samples than its
+    limit: `fraction` of all samples of the category, rounded to a whole number. All other groups become training
+    samples.
     """
     sizes: dict[str, int] = {}
     for sample in (sample for group in groups for sample in group):

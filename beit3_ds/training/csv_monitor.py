@@ -64,9 +64,9 @@ class CsvMonitor:
         return self._files[table]
 
     def _report_changes(self) -> None:
-        """Reports when some tables cannot be written any more, and when all tables are complete again.
+        """Prints a message if some tables cannot be written any more, or if all tables are complete again.
 
-        There is only one report for all tables, because all tables are on the same disk.
+        There is only one message for all tables, because all tables are on the same disk.
         """
         failed = [file.path.name for file in self._files.values() if file.has_failed]
         if failed and not self._has_failed:

@@ -30,7 +30,9 @@ class DeviceMoves:
         self._ahead: tuple[PackedBatch, PackedBatch] | None = None
 
     def announce(self, batches: Iterable[PackedBatch]) -> None:
-        """Sets the micro-batches that will be passed to `take`, in order, and starts copying the first of them."""
+        """Sets the list of micro-batches that will be passed to `take` in this order. Starts copying the first
+        micro-batch.
+        """
         self._announced = deque(batches)
         self._start_next()
 

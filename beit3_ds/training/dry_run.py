@@ -39,8 +39,8 @@ def describe_dry_run(
     * comparison of float32 and bf16, only in a bf16 run (`planner.describe_precision`)
     * what a node needs besides GPUs (`planner.describe_host`)
 
-    For a task without BEiT-3, the memory of a rank's training state (`planner.model_state`) replaces the first two
-    tables.
+    For a task without BEiT-3, there is one table instead of the first two: the memory of a rank's training state
+    (`planner.model_state`).
 
     Args:
         config: the run's configuration.

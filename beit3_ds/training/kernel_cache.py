@@ -47,7 +47,8 @@ class FilledCache(NamedTuple):
 def fill_cache(
     config: RunConfig, architecture: int, folder: Path | None, report: Callable[[str, float], None]
 ) -> FilledCache:
-    """Compiles all kernels that a run launches, with all tile sizes that autotuning tries, into Triton's cache.
+    """Compiles all kernels that a run launches, in all tile sizes that autotuning tries, and stores them in Triton's
+    cache.
 
     Args:
         config: the run's configuration.

@@ -20,8 +20,8 @@ class _Part(Protocol):
 class RunMonitor:
     """Replaces `engine.monitor`, to which this program and DeepSpeed's engine send logged values such as losses.
 
-    Passes the values to CSV files, TensorBoard, wandb and Comet, as far as they are enabled. If one of them does not
-    accept values, the values are kept for it, and sent with later values or by `retry`.
+    Passes the values to the enabled writers: CSV files, TensorBoard, wandb and Comet. If a writer does not accept
+    values, they are kept for this writer, and sent with later values or by `retry`.
     """
 
     def __init__(self, master: Any, report: Callable[[str], None]) -> None:

@@ -1,7 +1,7 @@
 """Maps tensor names of BEiT-3's reference code (unilm/beit3 with torchscale 0.3.0) to this project's names.
 
-In unilm, every tensor of a block exists twice: in branch A for vision and in branch B for language. A tensor that
-vision and language share in this project corresponds to the tensors of branches A and B.
+In unilm, every tensor of a block exists twice: in branch A for vision and in branch B for language. If vision and
+language have one common tensor in this project, it corresponds to two tensors of unilm, one per branch.
 """
 
 import re
@@ -60,7 +60,7 @@ _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does
 def reference_branches(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
     """Returns unilm's branches with their modalities, "A": "vision" and "B": "language".
 
-    A branch is omitted if some block of the model does not have it.
+    A branch is only included if all blocks of the model have it.
 
     Args:
         config: configuration of the model.

@@ -122,8 +122,8 @@ class HostMemory:
             shape: shape of the tensor; all sizes must be positive.
             dtype: dtype of the tensor.
             lasting: whether the tensor lives until the end of a step. If False, the tensor gets the lowest free bytes
-                of the mapping. If True, the tensor gets the highest free bytes of the part of the mapping that was used
-                or reserved so far. If it does not fit into this part, it gets the lowest free bytes, as with False.
+                of the mapping. If True, the tensor gets the highest free bytes below the highest offset that was used
+                or reserved so far. If it does not fit there, it gets the lowest free bytes, as with False.
         """
         count = math.prod(shape)
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

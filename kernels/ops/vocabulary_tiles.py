@@ -30,7 +30,9 @@ class VocabularyTiles(NamedTuple):
         return min(index, self.num_buffers - 1)
 
     def is_kept(self, index: int) -> bool:
-        """Returns whether the logits of tile `index` are still in a buffer after all tiles were computed in order."""
+        """Returns whether the logits of tile `index` are still in a buffer after all tiles have been computed one after
+        the other.
+        """
         return index < self.num_buffers - 1 or index == len(self.columns) - 1
 
 

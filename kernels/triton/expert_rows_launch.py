@@ -28,12 +28,12 @@ _SUM_WARPS = 4
 
 
 class SumBlock(NamedTuple):
-    """Holds the size of the block of partial sums that a program of `sum_kernel` adds per loop step."""
+    """Holds the size of a block of partial sums. A Triton program of `sum_kernel` adds one block per loop step."""
 
     columns: int
     """Columns per block. One program of `sum_kernel` computes the sums of these columns."""
     programs: int
-    """Number of row-streaming programs whose partial sums are in one block."""
+    """Number of programs of the row-streaming kernel whose partial sums are in one block."""
 
 
 _ROW_SUM_BLOCK = SumBlock(128, 16)
@@ -137,7 +137,8 @@ def prepare_rows(
         flags: constexpr arguments after those of `row_constants`.
         is_backward: True limits the number of Triton programs to `tiling.backward_programs`; False limits this number
             to `tiling.forward_programs`.
-        takes_count: whether the kernel has an argument for the number of programs, after the argument `rows`.
+        takes_count: whether the kernel has an argument for the number of programs, which follows the kernel's argument
+            `rows`.
     """
     assert stops[-1] * width < 2**31, f"{stops[-1]} rows of {width} columns have offsets beyond 32 bits"
     programs = deal_rows(stops, tiling.backward_programs if is_backward else tiling.forward_programs)

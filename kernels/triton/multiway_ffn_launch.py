@@ -49,7 +49,8 @@ class MatmulTiles(NamedTuple):
 
 
 GROUP = 8
-"""Number of row tiles whose Triton programs run together. They share columns of the weights in the L2 cache."""
+"""Number of row tiles whose Triton programs run together. These programs read the same columns of the weights from the
+L2 cache."""
 
 
 @lru_cache

@@ -123,7 +123,7 @@ def forward(
     The decorator `Prepared` runs the returned function, so a call returns the results themselves.
 
     Args:
-        q_THK: queries, contiguous, like k_THK and v_THK.
+        q_THK: queries, contiguous. The same applies to keys k_THK and values v_THK.
         sequences_Q4: see `TilePlan.sequences_Q4`.
         tiles_N2: see `TilePlan.tiles_N2`. A tile has `tiling.tile` positions.
         tiling: tile sizes and compile settings of the kernels.

@@ -153,8 +153,8 @@ def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants that are compiled ahead of time, for the layers of the base, large and giant models.
 
     The giant model's FFN layers are compiled with every candidate for the tile sizes. All other layers are compiled
-    only with the first candidate. The default tests compile fewer variants: the giant model's FFN layers with the first
-    candidate, for sm_90.
+    only with the first candidate. This list is longer than that of the default tests, which compile only the giant
+    model's FFN layers, with the first candidate, for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in products.SIZES:

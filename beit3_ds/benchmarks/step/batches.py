@@ -33,7 +33,7 @@ def step_config(size: str, samples: int = 4, **model: Any) -> RunConfig:
 
     Args:
         size: model size.
-        samples: number of images per step, equal to the number of pairs and to the number of texts.
+        samples: number of images per step. A step has as many pairs, and as many texts.
         model: further keys for the section "model".
     """
     stream = {"train": ["none.tar"], "samples_per_step": samples}

@@ -1,4 +1,6 @@
-"""Computes only the matrix products of a training step. In `beit3 bench train`, they show how fast a step can be."""
+"""Computes only the matrix products of a training step. Their time in `beit3 bench train` is a lower limit for the time
+of a step.
+"""
 
 # T packed rows, D hidden, F ffn hidden, H heads, K head dim, S rows of a sequence, M masked rows, V vocabulary.
 

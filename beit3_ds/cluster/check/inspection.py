@@ -228,7 +228,7 @@ class _Inspector:
         )
 
     async def _connect(self, index: int) -> None:
-        """Makes one node connect to the first address of every node, and to the first node's host name."""
+        """Makes one node connect to the first address of every node, and to node 0 by host name."""
         others = [
             (i, address, answers.listener["port"])
             for i, answers in enumerate(self._answers)

@@ -147,7 +147,9 @@ class _Measurement:
 
 
 def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[str, str], float], str]:
-    """Returns the links that are slower than the limit, with bits per second, and a text that describes the limit."""
+    """Returns the bits per second of the links that are slower than a limit. Also returns a text that describes the
+    limit.
+    """
     least, reason = _SLOW * links.usual, f"half of the {_gbit(links.usual)} that links reach here"
     if expected_bits is not None:
         least, reason = _SLOW * expected_bits, f"half of the {_gbit(expected_bits)} that were expected"

@@ -19,7 +19,8 @@ def iterate_lines(file: IO[AnyStr], limit: int) -> Iterator[AnyStr]:
 
 
 def skip_line(file: IO[AnyStr], begin: AnyStr) -> int:
-    """Skips the rest of a line after its beginning was read; returns the number of skipped bytes or characters.
+    """Skips the rest of a line whose beginning has already been read; returns the number of bytes or characters of the
+    rest.
 
     Args:
         file: file, positioned after `begin`.

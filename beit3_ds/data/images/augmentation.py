@@ -52,10 +52,10 @@ class ViewTransform(Protocol):
 class Augmentation:
     """Crops and flips an image at random, and draws random color jitter, as the paper's training augmentation does.
 
-    BEiT applies the color jitter to the whole image, before the crop. Here, the device applies the jitter after the
-    crop and the resize, because the model's view and the tokenizer's view have fewer pixels. Both views get the same
-    factors. Without rounding, the two orders would differ only in values that are clamped, and in the mean grey that
-    the contrast change uses.
+    BEiT applies the color jitter to the whole image, before the crop. In this project, the device applies the jitter to
+    the two views of the crop, for the model and for the tokenizer, because they have fewer pixels than the image. Both
+    views get the same factors. Without rounding, the two orders would differ only in values that are clamped, and in
+    the mean grey that the contrast change uses.
 
     The result was compared with Pillow. The Pillow reference applies the jitter after the crop but before the resize,
     and rounds values to 8 bits. In images without clamped values, pixels differ by at most 6 of 255 levels, and by 1.5
@@ -182,8 +182,8 @@ def smallest_side(view_size: int, min_scale: float) -> int | None:
 
     Args:
         view_size: side in pixels to which the crops of `random_crop_box` are resized.
-        min_scale: smallest fraction of the image's area that a crop covers. For 0, the result is None, because crops
-            may have any size.
+        min_scale: smallest fraction of the image's area that a crop covers. For 0, no size of the image suffices, and
+            the result is None.
     """
     if min_scale == 0:
         return None

@@ -46,7 +46,7 @@ class CompactStrings(StoredStrings):
     """Stores strings with an overhead of 8 bytes per string. A list of `str` has at least 57 bytes of overhead per
     string.
 
-    Accepts any Python string, even a file name that is not UTF-8. Strings can only be appended.
+    Accepts any Python string, even the name of a file whose bytes are not UTF-8. Strings can only be appended.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:

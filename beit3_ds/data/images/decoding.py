@@ -89,7 +89,8 @@ def _decoding_bytes(image: Image.Image, size: tuple[int, int]) -> int:
 
     Args:
         image: an open image that is not decoded yet.
-        size: width and height in the file. `image.size` is smaller if the image will be decoded at a reduced size.
+        size: width and height in the file. The attribute `image.size` is smaller if the image will be decoded at a
+            reduced size.
     """
     pixels = math.prod(image.size)
     if image.format == "WEBP":

@@ -101,7 +101,8 @@ class RunOrder:
         return self._absent | {name: self._position_after(name, step).to_json() for name in self._orders}
 
     def samples(self, stream: str, step: int, slots: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns the epoch and the index in the stream of each sample in `slots`, two (len(slots),) int64 arrays.
+        """Returns two values of each sample in `slots`: its epoch, and its index in the stream. Both are (len(slots),)
+        int64.
 
         Args:
             stream: name of the stream: "images", "pairs" or "texts".

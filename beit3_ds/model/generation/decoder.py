@@ -172,8 +172,8 @@ def attend_to_image_and_caption(
     """Computes causal attention of each caption's last two rows to the image and the caption.
 
     All captions of an image use the image's keys and values in one product, without copying or rereading them. There
-    are I images of N rows, and in total R captions of L + 1 rows. The R / I captions of an image are consecutive. H
-    heads have K columns each.
+    are I images of N rows, and R captions with L words so far and a mask token, so L + 1 rows. The R / I captions of an
+    image are consecutive. H heads have K columns each.
 
     Args:
         q_RH2K: queries of each caption's last word and of the mask token after it.

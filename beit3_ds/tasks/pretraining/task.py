@@ -127,8 +127,9 @@ class Pretraining(Task):
     def expected_head_flops(self) -> float:
         """Returns the floating-point operations of the heads (forward and backward) and the visual tokenizer per step.
 
-        If the tokenizer computes in float32 and the model in bf16, one operation of the tokenizer counts as 9. A
-        float32 operation takes about 9 times as long as a bf16 operation on an H100 (modelled).
+        If the tokenizer computes in float32 and the model in bf16, one operation of the tokenizer counts as 9
+        operations. According to a model of the H100, a float32 operation takes about 9 times as long as a bf16
+        operation.
         """
         data, num_patches = self.config.data, self.config.model.num_patches
         images, pairs, texts = (stream.samples_per_step for stream in data.streams().values())

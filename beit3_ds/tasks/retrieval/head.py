@@ -30,9 +30,9 @@ LARGEST_SCALE = 100.0
 class Temperature(nn.Module):
     """Learns the factor that scales similarities. The factor is at most `LARGEST_SCALE`.
 
-    The parameter is log(factor) - `INITIAL_LOG_SCALE`, because bf16 has a finer resolution for small numbers. The
-    parameter is named `bias`, because parameters with this name start at 0 and have no weight decay. The shape is (1,),
-    because DeepSpeed rejects parameters without dimensions.
+    The parameter is the difference of log(factor) and `INITIAL_LOG_SCALE`. This difference is small, and bf16 has a
+    finer resolution for small numbers. The parameter is named `bias`, because parameters with this name start at 0 and
+    have no weight decay. The shape is (1,), because DeepSpeed rejects parameters without dimensions.
     """
 
     def __init__(self) -> None:

@@ -62,7 +62,8 @@ class TokenizerRankTask(RankTask):
         return with_teacher_features(dataclasses.replace(batch, pixels=pixels, colors=None), self._features(pixels))
 
     def before_step(self, evaluator: Evaluator, step: int) -> None:
-        """Computes the mean of the teacher's features before step 0, and the codebook before step `continuous_steps`.
+        """Before step 0, computes the mean of the teacher's features. Before step `continuous_steps`, computes the
+        codebook.
 
         Quantization begins at step `continuous_steps`.
         """
