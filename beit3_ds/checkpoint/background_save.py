@@ -63,7 +63,7 @@ class BackgroundSave:
         Args:
             collection: checkpoints of the run.
             mesh: the mesh of ranks.
-            host: group of all ranks for values in host memory; only the threads that save use this group.
+            host: group in which all ranks exchange values in host memory; used only by the threads that save.
             run: description of this run, stored in every checkpoint.
             timeout_seconds: maximum seconds that `wait` waits.
         """

@@ -29,8 +29,8 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
 
     Validation and test files are compared with the training files of the same stream. Files of "images" and "pairs" are
     compared with the training files of both streams, because both streams contain images. Two files count as the same
-    if they have equal device and inode, and their sources have the same `SourceConfig.split`. Copies of files are not
-    detected.
+    if they have equal device and inode, unless their sources have different `SourceConfig.split`. Copies of files are
+    not detected.
 
     A validation or test folder must not be inside a training folder, nor a training folder inside a validation or test
     folder. No folder may be reachable through links from both a training folder and a validation or test folder. One

@@ -162,9 +162,9 @@ class AdaptedWeights:
     def _resample(self, name: str, tensor: Tensor) -> Tensor:
         """Resizes a tensor whose shape depends on the sizes of images, patches, windows or texts.
 
-        If these sizes are equal in the stored configuration and in the configuration `model`, the tensor is not
-        resized, so that `check` can detect a wrong shape. If `model` sets `dense` but the stored configuration does
-        not, the method removes the position of the CLS token, even if the sizes are equal.
+        If the new configuration (`model`) has the same sizes as the stored configuration, the tensor is not resized, so
+        that `check` can detect a wrong shape. If only the new configuration sets `dense`, the position of the CLS token
+        is removed, even if the sizes are equal.
         """
         stored = self._weights.model
         if name == IMAGE_POSITION:

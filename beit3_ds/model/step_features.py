@@ -13,8 +13,8 @@ class StepFeatures(NamedTuple):
     """
 
     rows: dict[str, Tensor]
-    """Tensors with one row per sample, by name: features, or integers such as ids, which have no gradient. For a whole
-    step, the rows of all micro-batches and ranks are concatenated."""
+    """Tensors with one row per sample, by name. A tensor has features, or integers without gradient, such as ids. For a
+    whole step, the rows of all micro-batches and ranks are concatenated."""
     shared: dict[str, Tensor]
     """Float tensors, by name, such as a temperature. They depend only on parameters, and are equal in all micro-batches
     and on all ranks. No parameter may be stored here, because ZeRO-3 partitions parameters again after the forward

@@ -1,4 +1,4 @@
-"""Differentiates losses over all samples of a step, such as a contrastive loss, one micro-batch at a time.
+"""Computes the gradients of a loss that compares all samples of a step, such as a contrastive loss.
 
 Follows GradCache (Gao et al., 2021, arXiv:2101.06983). A first pass without gradients computes the features of all
 micro-batches. The loss of the whole step is differentiated with respect to the features. A second pass backpropagates

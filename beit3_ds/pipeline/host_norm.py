@@ -1,4 +1,5 @@
-"""Copies DeepSpeed's gradient norm to the host as soon as it is computed, so that a step waits for the device once.
+"""Copies DeepSpeed's gradient norm to the host as soon as it is computed, so that a step waits for the device only
+once.
 
 Without this module, DeepSpeed's optimizers wait for the device several times: to copy constants to the device, to check
 the norm, and, without ZeRO, once per parameter. One of these waits begins after the optimizer's update is queued on the

@@ -155,7 +155,7 @@ def build_rank_model(config: RunConfig, world_size: int, stage: int = 0, tensor_
         tensor_rank: tensor-parallel rank.
 
     Raises:
-        ConfigError: if the parallel sizes do not divide the ranks.
+        ConfigError: if `world_size` is not a multiple of the product of the parallel sizes.
     """
     parallel = config.parallel
     data_parallel_size = parallel.data_parallel_size(world_size)

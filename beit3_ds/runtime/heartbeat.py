@@ -124,8 +124,9 @@ class RankStatuses:
     def find_behind(self, seconds: float) -> list[int]:
         """Returns the ranks that keep other ranks waiting.
 
-        A running rank is returned if its main thread waits for no other rank, and has made no progress for more than
-        `seconds`. The list is empty unless another rank has waited for more than half of `seconds`.
+        A running rank is in the list if its main thread waits for no other rank, and has made no progress for more than
+        `seconds`. However, the list is empty if no rank of the run has waited for other ranks for more than half of
+        `seconds`.
         """
         if not any(status.beat.is_waiting and status.unchanged_seconds > seconds / 2 for status in self._ranks):
             return []

@@ -47,8 +47,7 @@ def _join_launched(
     Args:
         parallel: layout and time limits.
         output_dir: output folder, which may hold the file with the ranks' secret (`read_secret`).
-        contended_at: function that returns the monotonic time when another command was last seen waiting for the output
-            folder; -inf if never.
+        contended_at: see `Rendezvous`.
     """
     _avoid_compiling_shm_comm()
     # DeepSpeed calls functions that torch.distributed has renamed; a warning per call would bury the run's own lines.

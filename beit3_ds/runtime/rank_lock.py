@@ -28,8 +28,8 @@ def locked_by_rank_0(path: Path, target: str, way_out: str, signals: StopSignals
 
     Raises:
         ConfigError: on rank 0, if a living process of another run holds the lock, or the lock file cannot be used.
-        StorageError: on rank 0, if the lock's holder is stopping or shows no sign of life, and keeps the lock for
-            `WAIT_SECONDS`.
+        StorageError: on rank 0, if the lock is still held after `WAIT_SECONDS` by a holder that is stopping or shows no
+            sign of life.
         StoppedBySignal: on rank 0, if a stop signal arrives while this process waits for the lock.
     """
     if read_launch(os.environ).rank != 0:

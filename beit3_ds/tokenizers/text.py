@@ -31,15 +31,15 @@ class WordBorders(NamedTuple):
     """Marks the token ids that start or end a word, based on the white space in the tokenizer's pieces."""
 
     starts: NDArray[np.bool_]
-    """Whether a word starts at each id, as far as the id itself tells, (vocab_size,). True for BOS, padding and EOS.
+    """For each id, whether a word certainly starts there, (vocab_size,). True for BOS, padding and EOS.
 
     In a SentencePiece model that writes white space before words (`▁dog`), pieces that begin with white space are True
     too. All other ids are False. In a model that writes white space after words (`dog▁`), True only for BOS, padding
     and EOS. In such a model, `ends` tells where words start: after the white space.
     """
     ends: NDArray[np.bool_]
-    """Whether a word ends at each id, as far as the id itself tells, (vocab_size,). If True, the id that follows in a
-    text starts a word. True for BOS, padding and EOS.
+    """For each id, whether a word certainly ends there, (vocab_size,). If True, the id that follows in a text starts a
+    word. True for BOS, padding and EOS.
 
     In a SentencePiece model that writes white space after words (`dog▁`), pieces that end with white space are True
     too. All other ids are False. In a model that writes white space before words (`▁dog`), True only for BOS, padding

@@ -96,7 +96,7 @@ class VisionTransformer(nn.Module):
     Maps (images, channels, size, size) to (images, patches, width).
 
     Args:
-        in_channels: channels of the input: 3 for pixels, or the width of a code for a grid of codes.
+        in_channels: channels of the input: 3 if the input is an image, or the width of a code if it is a grid of codes.
         grid_size: number of patches along one side.
         patch_size: pixels (or codes) along one side of a patch.
         hidden_size: width of a token.

@@ -178,7 +178,7 @@ def _train(run: Run, steps: Iterable[StepBatch], stop: DistributedStopSignals) -
 
 
 def _complete_evaluation(run: Run, stop: DistributedStopSignals) -> bool:
-    """Repeats the evaluation of the resumed step if a stop signal cancelled it.
+    """Repeats the evaluation at the step from which the run resumes, if a stop signal cancelled this evaluation.
 
     Saves a checkpoint after the repeated evaluation has completed.
 

@@ -69,8 +69,8 @@ def recomputable_rows(
 ) -> Recomputable:
     """Returns an object that recomputes h_TD of `multiway_layer_norm` bit for bit from these arguments.
 
-    The object keeps the parameters themselves and not copies, because ZeRO-3 gathers the parameters before the backward
-    pass.
+    The object refers to the parameters and copies none of them. Under ZeRO-3, the parameters are gathered again before
+    the backward pass needs them.
     """
     compute = partial(_recompute_rows, ends_of(slices), epsilon)
     return Recomputable(RecomputeFunction(compute), (x_TD.detach(), *weights, *biases))

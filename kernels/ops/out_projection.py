@@ -72,8 +72,8 @@ def out_projection(
     """Computes residual + factor * (LN(GELU(x)) @ w.T + b), each row with its own expert's parameters.
 
     If tensor-parallel ranks divide the columns of x, call the op without biases, residual and factor. Sum the ranks'
-    results, and pass the sum to `residual_add` with the biases, residual and factor. In this case, a sub-LN gathers two
-    floats per row from each rank, and all-reduces two floats per row in the backward pass.
+    results, and pass the sum to `residual_add` with the biases, residual and factor. If the columns are divided, a
+    sub-LN gathers two floats per row from each rank, and all-reduces two floats per row in the backward pass.
 
     Args:
         activation: input x_TF, and GELU(x_TF) if `up_projection` has computed it. Only x_TF is saved.

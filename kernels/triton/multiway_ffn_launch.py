@@ -204,8 +204,8 @@ def input_gradient(
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants that are compiled ahead of time, for the widths of the base, large and giant models.
 
-    The giant model's FFN kernels are compiled with every candidate for the tile sizes, except the output projection
-    with a float32 residual stream. This projection and all other kernels are compiled only with the first candidate.
+    The giant model's FFN kernels are compiled with every candidate for the tile sizes. All other kernels, and the giant
+    model's output projection with a float32 residual stream, are compiled only with the first candidate.
 
     The default tests compile the giant model's up projection for all architectures, and the giant model's output
     projection for sm_90. These tests use only the first candidate, and compile no other variants from this list.

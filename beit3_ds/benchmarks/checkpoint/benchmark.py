@@ -248,8 +248,8 @@ def _describe(choice: Choice, rows: Sequence[Row], summary: Mapping[str, Any]) -
 def _peak(rows: Sequence[Row]) -> float:
     """Returns the peak memory of an operation in bytes: the median over the rounds, except for DeepSpeed's saves.
 
-    For DeepSpeed's saves, returns the peak of the first round. In each round, DeepSpeed saves first. After the first
-    round, the process also holds this project's copy of the state, which would count as DeepSpeed's memory.
+    For DeepSpeed's saves, returns the peak of the first round, in which DeepSpeed saves before this project does. In
+    later rounds, the process holds this project's copy of the state, and this copy would count as DeepSpeed's memory.
     """
     if (rows[0]["operation"], rows[0]["by"]) == ("save", THEIRS):
         return float(rows[0]["peak_bytes"])

@@ -55,7 +55,7 @@ def measure_detection(rounds: int = 3, pixels: int = 256, num_images: int = 2) -
     Returns:
         Images per CPU second: for training and inference of each detector, and for training of this project's trunk
             alone. `trunk_share_training` is the trunk's share of the time of this project's training step.
-            `images_per_second_detection` repeats the images per CPU second for training with this project's detector.
+            `images_per_second_detection` has the same value as the entry for training with this project's detector.
     """
     torch.manual_seed(0)
     config = ModelConfig(

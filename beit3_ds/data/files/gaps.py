@@ -16,7 +16,7 @@ def check_has_no_gap(path: str) -> None:
     gaps or more. The check passes on a file system that does not report gaps.
 
     Raises:
-        ValueError: if the file has larger or more gaps.
+        ValueError: if the gaps have more than 64 MiB in total, or if there are a thousand or more.
         OSError: if the file cannot be opened.
         StorageError: if the file system fails.
     """

@@ -44,8 +44,8 @@ class BlockPermutation:
 
     The samples form a ring: sample 0 follows the last sample. From a random sample on, the ring is cut into blocks of
     consecutive samples. The blocks are put into a random order. A window is a fixed number of blocks that are
-    consecutive in this order. Samples that do not fill a block join the last window. The samples of each window are
-    shuffled.
+    consecutive in this order. If `size` is not a multiple of the block size, the remaining samples join the last
+    window. The samples of each window are shuffled.
     """
 
     def __init__(self, size: int, seed: int, key: Sequence[str | int], block: int, window: int) -> None:

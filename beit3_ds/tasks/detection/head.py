@@ -34,8 +34,8 @@ class DetectionHead(Head):
 
     In training, tensor-parallel ranks divide the images of a micro-batch (`DividedSamples`). If every rank computed all
     images, the nondeterministic gradient of RoIAlign would make the ranks' copies of the head differ. The losses of an
-    image depend only on the image and its seed, not on other images. The sum over a step is therefore independent of
-    micro-batches and ranks. Every module runs once per micro-batch, even on zero boxes.
+    image depend only on the image and its seed, not on other images. Their sum over all images of a step is therefore
+    the same for any number of micro-batches and ranks. Every module runs once per micro-batch, even on zero boxes.
     """
 
     def __init__(

@@ -78,8 +78,8 @@ class ObjectSamples:
     def skipped(self) -> dict[str, Skipped]:
         """Returns a count and one example for each kind of problem in the annotation file.
 
-        Each reason why training leaves out an annotation is one kind. Boxes that exceed their image by more than 1
-        pixel are another kind, and so are images with too many pixels.
+        The kinds are: one for each reason why training leaves out an annotation, one for boxes that exceed their image
+        by more than 1 pixel, and one for images with too many pixels.
         """
         return self.source.skipped
 

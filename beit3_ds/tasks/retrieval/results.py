@@ -92,8 +92,8 @@ class ResultFiles:
         Args:
             folder: folder to write to.
             metrics: metrics of the split.
-            num_shown: number of images whose best captions the page shows, and also the number of captions whose best
-                images it shows.
+            num_shown: number of images and, separately, of captions on the page. The page shows the best captions for
+                each of these images, and the best images for each of these captions.
         """
         texts, text_scores = self.retrieved.best_texts()
         images, image_scores = self.retrieved.best_images()

@@ -83,9 +83,9 @@ class SegmentationRankTask(RankTask):
 class Segmentation(Task):
     """Defines semantic segmentation with a ViT-Adapter and Mask2Former (ADE20K; paper section 3.2).
 
-    The query decoder predicts masks and classes before its first layer and after each layer. Each loss term is summed
-    over all these predictions. The class term is a weighted mean over all queries of a step. The mask terms are means
-    over all target masks of a step.
+    The query decoder predicts masks and classes before its first layer and after each layer. For each of these
+    predictions, the class term is a weighted mean over all queries of a step, and the mask terms are means over all
+    target masks of a step. Each term is the sum of its values for all predictions.
     """
 
     Settings = SegmentationConfig
