@@ -14,9 +14,8 @@ _LONG_NAME = 107  # bytes; file systems allow 255, and a temporary name adds a h
 def bounded_name(name: str) -> str:
     """Returns a file name that leaves room for suffixes such as a host name and `.tmp`; file systems allow 255 bytes.
 
-    If `name` has at most 107 bytes, returns it unchanged. A longer name is replaced by at most its first 100 bytes,
-    "~", and 12 characters of a digest of the whole name. Names with equal beginnings therefore stay different. The
-    result has at most 113 bytes.
+    If `name` has at most 107 bytes, returns it unchanged. A longer name is cut to 100 bytes or a little less, and "~"
+    and 12 characters of a digest of the whole name are appended. Names with equal beginnings therefore stay different.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= _LONG_NAME:

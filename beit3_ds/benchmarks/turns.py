@@ -93,9 +93,9 @@ def serve_turns(prepare: Callable[[int], Turn], orders: Iterable[str], answers: 
     """Computes one turn for each batch number in `orders`, and writes the measured figures to `answers`.
 
     Figures: `seconds` is wall time. `cpu_seconds` is the CPU time of all threads. `page_faults` counts page faults
-    without a disk read. `loss` is the number that the timed function returned. `peak_bytes` is the peak since this
-    process started: memory of torch's allocator on a GPU, otherwise memory of the process. The facts that `prepare`
-    returned are written after these figures.
+    without a disk read. `loss` is the number that the timed function returned. `peak_bytes` is the peak memory since
+    this process started: on a GPU, of torch's allocator; on a CPU, of the process. The facts that `prepare` returned
+    are written after these figures.
 
     Args:
         prepare: builds a batch outside the measured time. Returns a tuple: the function to time, and facts about the

@@ -29,8 +29,8 @@ TOKENIZER_KEYS = {
     "save_interval": "training.save_interval",
     "bf16": "bf16.enabled",
 }
-"""Maps each key that was removed from "tokenizers.visual" to its replacement in the configuration of a run that trains
-a tokenizer."""
+"""Maps removed keys of the section "tokenizers.visual" to their replacements. The replacements are keys for a run that
+trains a tokenizer."""
 
 
 def with_new_keys(config: Any) -> Any:

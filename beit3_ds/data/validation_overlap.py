@@ -99,8 +99,8 @@ def _image_files(sources: Iterable[object]) -> Iterator[str]:
 def _identified(
     sources: Sequence[SourceConfig], is_text: bool, must_exist: bool
 ) -> Iterator[tuple[tuple[int, int, str], str]]:
-    """Yields an identity and the path of each file or folder of the sources; does not include images that annotation
-    files name.
+    """Yields two values for each file or folder of the sources: its identity and its path. Images that are named in
+    annotation files are not included.
 
     The identity is (device, inode, `SourceConfig.split`). It contains the split, because two sources may read different
     parts of one annotation file.
@@ -122,7 +122,7 @@ def _identified(
 
 
 def _shared_folder(trained: str, validation: str) -> str:
-    """Returns a folder that both `trained` and `validation` lead to; empty if there is none.
+    """Returns a folder that can be reached from both folders, `trained` and `validation`; "" if there is none.
 
     Compares `trained`, `validation` and all folders below them by device and inode. Links to folders are followed.
     """

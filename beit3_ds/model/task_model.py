@@ -55,7 +55,7 @@ class Head(nn.Module, ABC):
 
 
 class TaskModel(BEiT3, StageModel):
-    """Extends BEiT-3 with a task's head, in the last layer.
+    """Extends BEiT-3 with a task's head. The head belongs to the last layer, like the final norm.
 
     The names of the head's parameters begin with `heads.`. These parameters are split, saved and loaded like all
     others. With `ModelConfig.tie_word_embeddings`, the weight of the head's word layer is the word embedding. If

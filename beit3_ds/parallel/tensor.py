@@ -109,11 +109,10 @@ class TensorParallel:
         return _pad_rows(x[start:stop], stop - start)
 
     def scatter_rows(self, x: Tensor) -> Tensor:
-        """Splits the rows of a replicated tensor over the ranks, and returns this rank's rows.
+        """Returns this rank's rows of a replicated tensor; with sequence parallelism, the ranks divide the rows.
 
-        With sequence parallelism, rows are padded with zeros to the same number on every rank. The backward pass
-        all-gathers the gradients of all ranks' rows and removes the padding. Without sequence parallelism, returns `x`
-        unchanged.
+        The rows are then padded with zeros to the same number on every rank. The backward pass all-gathers the
+        gradients of all ranks' rows and removes the padding. Without sequence parallelism, returns `x` unchanged.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 

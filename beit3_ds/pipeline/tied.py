@@ -53,7 +53,8 @@ class TiedWordEmbedding:
             self._sum.zero_()
 
     def before_backward(self, *, is_last: bool) -> None:
-        """On the first stage, receives the gradient of the last stage's copy of the table if `is_last` is True.
+        """Before a step's last backward pass on the first stage, receives the gradient of the table's copy on the last
+        stage.
 
         Call this method before each backward pass of a step.
 

@@ -155,7 +155,9 @@ def _release_all(module: Any) -> None:
 
 
 def _keep_signatures(model: nn.Module) -> None:
-    """Stores the signatures of DeepSpeed's autograd functions, which torch would otherwise compute on each call."""
+    """Stores the signatures of DeepSpeed's autograd functions, so that torch does not compute the signatures on each
+    call.
+    """
     for module in model.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             if name in vars(module):

@@ -276,7 +276,8 @@ class Zero3Replay:
     def _kept_for_reuse(self, module: nn.Module) -> set[int]:
         """Returns the ids of the parameters that stay gathered after a module has run.
 
-        The result is cached per module and position in the recorded order of modules, as in DeepSpeed.
+        As in DeepSpeed, the result is cached. The cache's key is the module and its position in the recorded order of
+        modules.
         """
         key = module, self._step_id
         if key not in self._kept:

@@ -80,7 +80,9 @@ class BrokenRecords:
 
 
 class StepCounts:
-    """Sums the number of predictions per loss term over all data-parallel ranks, before the forward pass of a step."""
+    """Sums over all data-parallel ranks how many predictions each loss term will have in a step. Known before the
+    forward pass.
+    """
 
     def __init__(self, records: BrokenRecords, mesh: Mesh) -> None:
         self.records, self._mesh = records, mesh

@@ -116,7 +116,7 @@ class _Form(NamedTuple):
 
     @property
     def needs_no_communication(self) -> bool:
-        """Returns whether the op runs without communication: no sub-LN, or this rank holds all columns of a row."""
+        """Returns whether the op does not communicate: it has no sub-LN, or this rank holds all columns of a row."""
         return self.norm is None or self.norm.all_gather is None
 
     def split(self, parameters: tuple[Tensor, ...], has_biases: bool) -> _Parameters:

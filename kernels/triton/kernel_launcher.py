@@ -22,7 +22,8 @@ _ALIGNMENT = 16
 """Alignment of pointers in bytes. Triton compiles a faster variant for pointers that have this alignment."""
 
 _LEAST_ROW_CLASS = 11
-"""Lowest value of `row_class`, for all row counts up to 2 ** 11. Kernels with few rows are fast with any settings."""
+"""Lowest value of `row_class`. All row counts up to 2 ** 11 have this value, because kernels with few rows are fast
+with any settings."""
 
 _dtype_of, _address_of = attrgetter("dtype"), Tensor.data_ptr
 

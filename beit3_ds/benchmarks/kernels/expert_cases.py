@@ -144,7 +144,9 @@ def _foreign(
     sliced: Callable[..., Callable[..., Tensor]],
     device: torch.device,
 ) -> Implementation:
-    """Returns another library's LayerNorm as a baseline, or the reason why this machine cannot run it."""
+    """Returns another library's LayerNorm as a baseline. If this machine cannot run it, the `Implementation` contains
+    the reason.
+    """
     try:
         found = importlib.import_module(module)
     except ImportError as error:

@@ -41,7 +41,7 @@ class Layer(NamedTuple):
 
 
 class Products:
-    """Lists all matrix products of one training step, whose total FLOPs are the model FLOPs.
+    """Lists all matrix products of one training step. The products' total FLOPs are the model FLOPs.
 
     The list includes rows that a step can skip, because no head reads them or stochastic depth drops them
     (`needed_flops`).

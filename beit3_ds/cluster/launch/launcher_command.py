@@ -134,8 +134,8 @@ def check_launcher(
         find: function that returns the path of a program or None, like `shutil.which`.
 
     Raises:
-        ConfigError: if the backend's program is not installed; if the hostfile gives the hosts different numbers of
-            ranks, which the backend cannot start; or if a path or variable in the hosts' command lines contains a
+        ConfigError: if the backend's program is not installed; if the hosts in the hostfile have different numbers of
+            ranks and the backend does not support this; or if a path or variable in the hosts' command lines contains a
             character that shells change.
     """
     if hostfile.is_local:

@@ -12,10 +12,10 @@ _FIRST_REFUSALS = 4  # these get a line each; later refusals get one when their 
 class WaitingPeers:
     """Holds a limited number of connections (channels) from peers that have not yet authenticated.
 
-    If there are too many channels, the IPv4 address or IPv6 /64 network with the most channels loses its oldest
-    channel. So a stranger who opens many connections from one network usually displaces only connections from that
-    network. If a guard (the parent process of a rank's training process) loses its connection in this way, the guard
-    connects again.
+    If there are too many channels, one is closed: the oldest channel of the network that has the most channels. A
+    network is an IPv4 address or an IPv6 /64 network. So a stranger who opens many connections from one network usually
+    displaces only connections from that network. If a guard (the parent process of a rank's training process) loses its
+    connection in this way, the guard connects again.
     """
 
     def __init__(self, most: int) -> None:

@@ -31,8 +31,8 @@ class ImageFolder:
     missing.
 
     Symbolic links to folders are followed, because ImageNet's class folders are often links. Each folder is listed
-    once. Hidden files and links to files outside the folder are not read. `skipped` counts all skipped files and
-    folders. Each path takes 8 bytes in addition to its text.
+    once. Hidden files are not read, and neither are links to files that are outside the folder. `skipped` counts all
+    skipped files and folders. Each path takes 8 bytes in addition to its text.
     """
 
     def __init__(self, path: str) -> None:

@@ -130,7 +130,9 @@ def build_train_view(config: RunConfig, flip_probability: float) -> AugmentedVie
 
 @dataclass(frozen=True, kw_only=True)
 class PairView:
-    """Chooses the transform of an image by its texts: no flip if a text contains a word like "left" or "right"."""
+    """Chooses the transform of an image. If a text of the image contains a word like "left" or "right", the transform
+    does not flip the image.
+    """
 
     default: ImageTransform
     """Transform for an image whose texts contain no word like "left" or "right"; may flip the image."""

@@ -192,7 +192,7 @@ def start_position(
     sources: Sequence[SourcePosition],
     blocks: tuple[int, int] | None = None,
 ) -> StreamPosition:
-    """Builds the position of a stream before its first sample.
+    """Builds the position at the start of a stream: no sample is taken yet.
 
     Args:
         stream: name of the stream: "images", "pairs" or "texts".

@@ -183,9 +183,9 @@ class SourceSubset:
 
 
 def to_nodes(remaining: RemainingSamples) -> list[Any]:
-    """Returns JSON descriptions of a set of samples and of the sets that form it.
+    """Returns the JSON description of a set of samples, preceded by the descriptions of all sets of which it is formed.
 
-    The last description describes the set itself.
+    So the last description is that of the set itself.
     """
     nodes: list[Any] = []
     remaining.add_to(nodes)

@@ -44,8 +44,8 @@ class SampledBoxes(NamedTuple):
     boxes: Tensor
     """Boxes, (N, 4) float32."""
     matches: Tensor
-    """Index of the object that each box matches, (N,) int64; `BACKGROUND` without an object, `IGNORED` for a box that
-    no loss counts."""
+    """Index of the object that each box matches, (N,) int64; `BACKGROUND` for a box that matches no object, `IGNORED`
+    for a box that no loss counts."""
     num_positive: int = 0
     """Number of boxes that match an object; these boxes come first in `boxes`. Set only for sampled proposals; 0 for
     refined boxes, which are not sorted."""

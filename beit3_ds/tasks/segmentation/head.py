@@ -84,8 +84,8 @@ class SegmentationHead(Head):
         """Runs the decoders on feature maps; returns the sums of the loss terms, or the class scores.
 
         Args:
-            maps: four feature maps, with 1/4 to 1/32 of the images' height and width. For the loss, only this rank's
-                part of the images; for class scores, all images.
+            maps: four feature maps, with 1/4 to 1/32 of the images' height and width. For class scores, maps of all
+                images. For the loss, maps of this rank's part of the images; the ranks' sums are added.
             batch: the packed micro-batch; for the loss, needs labels and seeds of all images.
             with_loss: True returns sums of loss terms, False class scores.
 

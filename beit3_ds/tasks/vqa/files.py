@@ -62,7 +62,7 @@ class VqaQuestions(CollectedAnnotations):
         self._identifiers.append(json.dumps(identifier))
 
     def add_answers(self, answers: list[str], main: str = "", question_type: str = "", answer_type: str = "") -> None:
-        """Adds the answers to the first question that has none yet.
+        """Stores the answers of the next question: the first one that has no answers yet.
 
         Args:
             answers: answers that people gave; ten in the official files.
