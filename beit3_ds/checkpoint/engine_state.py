@@ -190,7 +190,9 @@ class EngineState:
         return find_mismatch(self._held_weights(step), step)
 
     def _held_weights(self, step: int) -> Iterator[HeldWeights]:
-        """Yields, for each fragment, the optimizer's weights and the same elements of the model's parameters."""
+        """Yields pairs of equal ranges of weights: from the optimizer, and from the model's parameters. There is one
+        pair per fragment of the optimizer's tensors.
+        """
         names = sorted(self._parameters)
         gathered = set(Random(step).sample(names, min(_GATHERED_PARAMETERS, len(names))))
         for fragment in self._fragments():

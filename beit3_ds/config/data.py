@@ -9,7 +9,7 @@ from beit3_ds.config.strict import ConfigError, PathString
 from beit3_ds.config.visual_tokenizer import VisualTokenizerConfig
 
 ANNOTATION_FORMATS = ("coco", "visual_genome", "sbu", "conceptual_captions", "conceptual_12m")
-"""Formats of captioned images that consist of an annotation file and a folder of images."""
+"""Formats of datasets of captioned images. Such a dataset has an annotation file and a folder of images."""
 
 IMAGE_FORMATS = ("tar", "folder", *ANNOTATION_FORMATS)
 """Formats that are not specific to one task, for images and for image-text pairs. `Task.formats` lists the formats that

@@ -141,7 +141,8 @@ class BEiT3(nn.Module):
         Args:
             stored: weights on disk.
             build: function that builds the model, for example a `TaskModel` with a head, from a configuration.
-            settings: new values of configuration fields, by name; None keeps the stored value.
+            settings: new values of configuration fields, by name. For a field with the value None, the stored value is
+                kept.
             dtype: dtype of the parameters and of the computation.
             device: device of the parameters.
 

@@ -104,7 +104,7 @@ class RowParallelMultiwayLinear(nn.Module):
         Args:
             activation: this rank's input features of all rows.
             residual_TD: this rank's rows of the residual stream before the addition.
-            factor_T: stochastic-depth factor of each of these rows; None without stochastic depth.
+            factor_T: stochastic-depth factor of each row of `residual_TD`; None without stochastic depth.
             layout: row ranges of the experts.
             gelu: whether to apply GELU to the input.
             norm: sub-LayerNorm to apply to the input; None applies no norm.

@@ -166,7 +166,7 @@ def _keep_signatures(model: nn.Module) -> None:
 
 
 def _read_available_parameter(parameters: Any, name: str) -> nn.Parameter | None:
-    """Returns a module's parameter, and gathers it if it is partitioned."""
+    """Returns a module's parameter. Only if the parameter is partitioned, it is gathered first."""
     parameter = dict.__getitem__(parameters, name)
     if getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE:
         return _read_parameter(parameters, name)

@@ -223,7 +223,7 @@ def _reduce(
     element_size: int,
     is_full: Callable[[int, int], bool],
 ) -> None:
-    """Adds the reductions of gradient buckets.
+    """Adds the reductions of gradient buckets to the counted traffic.
 
     Args:
         traffic: counts to add to.

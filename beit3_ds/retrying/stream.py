@@ -15,7 +15,7 @@ _NOT_OPEN = -1
 
 
 class RetryingStream(io.RawIOBase):
-    """Writes bytes in order; keeps bytes in memory when a write fails, and writes them before the next bytes.
+    """Writes bytes in order. If a write fails, its bytes are kept in memory, and are written before any later bytes.
 
     A full disk, a read-only mount or a closed terminal raises no error. If the reader of a pipe has ended, all later
     bytes are discarded.

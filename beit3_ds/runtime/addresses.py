@@ -40,8 +40,8 @@ def find_meeting_address(launch: Launch) -> str:
 
     Raises:
         OSError: if MASTER_ADDR cannot be resolved.
-        ConfigError: if an outer IPv4 address is needed and there are several; in the second special case, also if there
-            is none.
+        ConfigError: if an outer IPv4 address is needed, but there are several. In the second special case, also if
+            there is none.
     """
     assert launch.master_addr is not None
     found = socket.getaddrinfo(launch.master_addr, launch.master_port, type=socket.SOCK_STREAM)

@@ -281,8 +281,8 @@ class Rendezvous:
         """Returns whether rank 0 must ignore the described rank, because another launcher started that rank on rank 0's
         host.
 
-        Ranks of another launcher are ignored only at first: for `_LAUNCHER_SECONDS`, or for half of the maximum wait if
-        this is shorter. After this time, the result is always False.
+        Ranks of another launcher are ignored only at first: for `_LAUNCHER_SECONDS`, but at most for half of the
+        maximum wait. After this time, the result is always False.
         """
         is_late = time.monotonic() - self._start >= min(_LAUNCHER_SECONDS, self._seconds / 2)
         return description["host"] == self._host and description["parent"] != self._parent and not is_late

@@ -119,7 +119,8 @@ class RankTask:
     """Batches for the validation loss; None on ranks that receive batches from another rank, and in tasks without
     validation loss."""
     evaluation: Mapping[Split, EvaluationBatches] = field(default_factory=dict)
-    """All samples of each evaluated split; empty on ranks that receive samples from another rank."""
+    """This rank's batches of all samples of each evaluated split; empty on ranks that receive samples from another
+    rank."""
     sources: Mapping[str, SourceSamples] = field(default_factory=dict)
     """Opened samples of each source, by source name; empty on ranks that read no data. Ranks compare the files behind
     these samples, to detect that ranks see different data."""

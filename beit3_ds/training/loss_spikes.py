@@ -13,7 +13,7 @@ _DEVIATIONS_PER_SPREAD = 1.4826  # for a normal distribution
 
 
 class LossSpikes:
-    """Compares the loss of each step with the median of up to 100 losses before it, from the 21st loss on.
+    """Compares each loss, from the 21st on, with the median of up to 100 earlier losses.
 
     A spike exceeds the median by more than 6 spreads and by more than 2 %. The spread is the median absolute deviation,
     scaled to the standard deviation of a normal distribution; a single spike hardly changes it. Spikes are only

@@ -42,10 +42,10 @@ class Stragglers:
     * "work": the time to move batches to the device and, on the stage with the head, to encode images as visual tokens.
       Under ZeRO-0 to 2 without tensor parallelism, this time includes the forward passes of the model.
 
-    The comparison finds devices and hosts that are always slow, and ranks with more work. It does not find slow
-    backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for other ranks, so
-    "work" does not include them. Under tensor parallelism, encoding ends with an all-gather of the visual tokens, so
-    "work" includes the wait for the slowest tensor-parallel rank.
+    The comparison finds devices and hosts that are always slow, and ranks that have more work than they should. It does
+    not find slow backward passes, updates or networks. Under ZeRO-3 or tensor parallelism, forward passes wait for
+    other ranks, so "work" does not include them. Under tensor parallelism, encoding ends with an all-gather of the
+    visual tokens, so "work" includes the wait for the slowest tensor-parallel rank.
     """
 
     def __init__(self, mesh: Mesh, work: Stopwatch, data: Stopwatch) -> None:

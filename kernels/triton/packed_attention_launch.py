@@ -36,7 +36,8 @@ class AttentionTiling(NamedTuple):
     """Holds settings of the three attention kernels for one GPU architecture, head width and dtype."""
 
     tile: int
-    """Positions per Triton program: of keys in `key_value_gradient_kernel`, of queries in the other two kernels."""
+    """Number of positions per Triton program. These are positions of keys in `key_value_gradient_kernel`, and positions
+    of queries in the other two kernels."""
     forward: KernelConfig
     query_gradient: KernelConfig
     key_value_gradient: KernelConfig

@@ -81,8 +81,9 @@ def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, g
     code.
 
     `OpTime.before` is the time of this project's kernel. `OpTime.now` is the time of the faster of this project's
-    kernel and cuBLAS. Both times include the sub-LN before the projection and the addition of the residual after the
-    projection. This project's kernel adds the residual to the product. With cuBLAS, a separate pass adds the residual.
+    kernel and cuBLAS. Both times include the sub-LN before the projection (with one exception, see `gelu`), and the
+    addition of the residual after the projection. This project's kernel adds the residual to the product. With cuBLAS,
+    a separate pass adds the residual.
 
     Args:
         name: name of the op.

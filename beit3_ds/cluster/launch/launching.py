@@ -229,7 +229,9 @@ class _Launch:
         return 128 + number
 
     def _is_report_written(self) -> bool:
-        """Returns whether the run's report is newer than the last checkpoint and the start of the latest attempt."""
+        """Returns whether the run's report is newer than the last checkpoint, and newer than the start of the latest
+        attempt.
+        """
         output_dir = Path(self._config.training.output_dir)
         try:
             before = [output_dir / "checkpoints" / "latest", self._attempt_hostfile]

@@ -50,7 +50,7 @@ class WaitingPeers:
     def describe_refusal(self, channel: Channel, reason: str) -> str | None:
         """Counts a refused peer, and returns a line for the log, or None.
 
-        To keep the log short, only some of many refusals get a line.
+        To keep the log short, most refusals get no line if there are many.
         """
         self._refused += 1
         if self._refused > _FIRST_REFUSALS and self._refused & (self._refused - 1):

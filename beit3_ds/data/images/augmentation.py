@@ -216,8 +216,8 @@ def image_pixels(image: Image.Image) -> Tensor:
 def resize_pixels(pixels: Tensor, size: int, mode: ResizeFilter) -> Tensor:
     """Resizes an image, (3, height, width) uint8, to (3, size, size) with antialiasing.
 
-    Takes at most half of Pillow's time. Values differ from Pillow's by at most one level. If torch has no Lanczos
-    filter, as in version 2.11, Pillow computes this filter.
+    Takes at most half of Pillow's time. Values differ from Pillow's by at most one level. In some versions of torch,
+    such as 2.11, there is no Lanczos filter; Pillow then computes this filter.
     """
     if mode == "lanczos" and not _torch_has_lanczos():
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

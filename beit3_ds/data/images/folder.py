@@ -21,7 +21,8 @@ from beit3_ds.printing import printable
 _CAPTIONS = ("txt", "TXT", "json", "JSON")  # the first that exists is read
 
 _SIZES_LOOKED_UP = 1024
-"""Maximum number of images whose file sizes are looked up; a million lookups on a network take minutes."""
+"""Maximum number of images, evenly spread, whose file sizes are looked up. A million lookups on a network take minutes.
+"""
 
 
 class ImageFolder:

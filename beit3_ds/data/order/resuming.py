@@ -1,7 +1,7 @@
 """Resumes a stream of samples from the position in a checkpoint, even if data or settings have changed.
 
-The unused samples of the current epoch are joined with appended samples, so no sample is used twice in an epoch. A
-source in which samples were inserted, removed or reordered skips the rest of the current epoch.
+The current epoch continues with its unused samples and with samples that were appended to sources, so no sample is used
+twice in an epoch. A source in which samples were inserted, removed or reordered skips the rest of the current epoch.
 """
 
 import dataclasses

@@ -101,7 +101,8 @@ def whole_file(path: str) -> TextPiece:
 
 
 def cut_into_pieces(path: str, piece_bytes: float) -> list[TextPiece]:
-    """Divides a file into pieces of `piece_bytes` bytes; returns a single piece if the file cannot be read in parts.
+    """Divides a file into pieces of `piece_bytes` bytes. A file whose format requires reading from the start, such as a
+    compressed file, is one piece.
 
     Raises:
         ConfigError: if the file cannot be read, or is not a text file.

@@ -26,7 +26,8 @@ _MAX_REPLACEMENTS = 3
 """Maximum number of times that a worker is replaced for one item. If more replacements are needed, the machine or the
 item's data is probably bad."""
 _STOPPED_SECONDS = 10.0
-"""Seconds after which a suspended worker is replaced if its item is needed. Tolerates short stops by a debugger."""
+"""A worker is replaced if it is suspended for this number of seconds while its item is needed. Shorter stops, for
+example by a debugger, have no effect."""
 
 
 class WorkerLossError(ConfigError):

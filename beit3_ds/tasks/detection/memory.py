@@ -56,7 +56,7 @@ def _mask(settings: DetectionConfig, element_size: int) -> int:
 
 
 def _convolved(settings: DetectionConfig, side: int, element_size: int) -> int:
-    """Returns the bytes kept per box for the pooled features and for all convolutions with norm and ReLU."""
+    """Returns the bytes kept per box: for the pooled features, and for each convolution with its norm and ReLU."""
     cells = side**2
     # The input of the first convolution, and per convolution the inputs of its norm and ReLU.
     elements = (1 + 2 * _CONVS) * element_size * settings.pyramid_channels

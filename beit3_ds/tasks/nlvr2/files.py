@@ -244,9 +244,9 @@ def read_statement_lines(path: str, folder: str) -> Statements:
     """Reads statements about two images from JSON lines.
 
     Args:
-        path: file with one JSON object per line. The keys are `left` and `right`, the paths of the images in the
-            folder; `sentence`; `label`, true or false, omitted in a test split; and optionally `id` and `group`.
-            Without `group`, statements with the same sentence are one group.
+        path: file with one JSON object per line. `left` and `right` are the paths of the images in the folder.
+            `sentence` is the statement. `label` is true or false; a test split has no labels. `id` and `group` are
+            optional. Without `group`, statements with the same sentence are one group.
         folder: folder of the images.
 
     Raises:

@@ -23,7 +23,7 @@ from beit3_ds.tasks.vqa.samples import VqaSamples
 from beit3_ds.tasks.vqa.score import ScoredQuestion, question_accuracy, score_questions
 
 SUBMISSION, RESULTS, PAGE = "submission.json", "results.json", "answers.html"
-"""Names of the result files: answers in the official format, metrics with all answers, and an HTML page."""
+"""Names of the result files: answers in the official format, metrics together with all answers, and an HTML page."""
 
 
 def answer_split(evaluator: Evaluator, split: Split) -> GatheredResults | None:
