@@ -1,4 +1,6 @@
-"""Separates the part of a GPU operator that depends only on dtypes and sizes from the part that every call repeats."""
+"""Divides a GPU operator into two parts: preparation, which depends only on dtypes and sizes, and the work of each
+call.
+"""
 
 from collections.abc import Callable
 from functools import update_wrapper

@@ -167,8 +167,8 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Creates a folder for tests on a GPU machine without network access, and returns the exit status. The status is 0
-    on success. After a mistake of the user, an error message is printed and the status is 2.
+    """Creates a folder with everything that tests on a GPU machine need if that machine has no network access. Returns
+    the exit status: 0 on success; 2 with a printed message after a mistake of the user.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")

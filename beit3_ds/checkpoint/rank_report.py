@@ -20,7 +20,7 @@ class RankReport(NamedTuple):
     files: dict[str, WrittenFile]
     """Size and digest of each file that the rank wrote, by name."""
     shapes: dict[str, torch.Size]
-    """Shape of each whole tensor of which the rank wrote a slice, by name."""
+    """Shapes of whole tensors by tensor name, for the tensors of which this rank wrote a slice."""
     pieces: PieceTable
     """Table of the tensor slices that the rank wrote."""
     buffers: dict[str, StoredBuffer]

@@ -15,8 +15,8 @@ Pack = Callable[[Sequence[Any], Tensor | None, Mapping[str, int]], PackedBatch]
 """Function that builds a micro-batch from prepared samples and the values of `PackedBatch.drop_path` and
 `PackedBatch.sources`.
 
-The samples are sorted by stream: images, pairs, texts. Each sample has `Stream.sequences_per_sample` rows of
-`drop_path`. A task that packs sequences in another order must reorder these rows.
+The samples are sorted by stream: images, pairs, texts. `drop_path` has `Stream.sequences_per_sample` rows for each
+sample, in this order. A task that packs sequences in another order must reorder these rows.
 """
 
 

@@ -27,7 +27,7 @@ EXTRA_PREFIX = "released."
 """Name prefix of imported tensors that only BEiT-3's released code uses. The model has no such parameters."""
 
 IMAGE_POSITION = "embeddings.image_position"
-"""Name of the image position table. Only this tensor's shape depends on `image_size`."""
+"""Name of the image position table. It is the only tensor whose shape depends on `image_size`."""
 
 REPLACEABLE = ("heads.", "norm.")
 """Name prefixes of tensors that a weights file may lack: heads and the final norm."""

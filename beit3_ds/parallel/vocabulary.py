@@ -24,8 +24,9 @@ The value fits in half precision. Padding rows add exactly 0 to the cross entrop
 class VocabParallelEmbedding(nn.Module):
     """Looks up embeddings in a table whose rows are split over tensor-parallel ranks.
 
-    The forward pass all-reduces the embeddings of all tokens, and the backward pass does not communicate. Only the
-    padding rows of `weight` are initialized: they are 0.
+    The forward pass all-reduces the embeddings of all tokens, and the backward pass does not communicate. The
+    constructor sets the padding rows of `weight`, after the last word, to 0; `initialize_parameters` initializes the
+    others.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tensor: TensorParallel) -> None:

@@ -13,8 +13,8 @@ from beit3_ds.weights.reader import WeightReader
 _BLOCK_ELEMENTS = 1 << 18
 """Maximum number of elements that a copy reads at once: 1 MiB of float32.
 
-Each block reuses the memory of the previous block, which is still in the processor's cache. New memory for each whole
-tensor made a copy several times slower.
+Each block reuses the memory of the previous block, which is still in the processor's cache. With new memory for each
+whole tensor, copying was several times slower.
 """
 
 

@@ -49,7 +49,7 @@ def benchmark_data(json_path: str | None = None) -> str:
     """Measures all data loaders in turn, and returns a table. Also writes the results as JSON to `json_path`.
 
     A ratio divides the speed of this project's loader by the speed of another loader, or of decoding alone, in the same
-    round. The table has the median of each speed and each ratio over rounds, with a 95% confidence interval.
+    round. For each speed and each ratio, the table has the median of all rounds, with a 95% confidence interval.
 
     Raises:
         ConfigError: if the package webdataset is not installed, or `json_path` cannot be written.

@@ -25,7 +25,7 @@ OURS, REFERENCE, BLIP = "beit3_ds", "torchscale", "blip"
 DECODING = "decoding"
 """Name of the task that generates captions."""
 DECODED_IMAGES = 16
-"""Number of images per round of caption generation."""
+"""Number of images for which each measured round generates captions."""
 
 Row = dict[str, dict[str, Any]]
 """Figures of one round: maps the name of an implementation to figures by name."""

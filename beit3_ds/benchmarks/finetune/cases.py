@@ -35,7 +35,8 @@ class Case(NamedTuple):
     """Describes one task, with the settings of the reference's recipe."""
 
     image_size: int
-    """Height and width of the case's images in pixels, from the recipe of BEiT-3's released code for the base model."""
+    """Height and width of the case's images in pixels, as in the recipe for the base model in BEiT-3's released code.
+    """
     tokens: tuple[float, float]
     """Log-normal distribution of the number of tokens per text: median, and standard deviation of the logarithm."""
     padded_length: int

@@ -124,7 +124,8 @@ class _Launch:
         self._terminal = Terminal(log_dir / "launch.log")
         self._stop_signals = LauncherStopSignals(self._terminal)
         self._attempt_hostfile = log_dir / "hostfile"
-        """Hostfile of the latest start of the ranks. The file's modification time is the time of that start."""
+        """Hostfile that was written when the ranks were last started. Its modification time is the time of that start.
+        """
         self._outdated: int | None = None  # inode of the finished run's folder of checkpoints
         if options.force and self._is_trained():
             self._outdated = self._checkpoints_inode()

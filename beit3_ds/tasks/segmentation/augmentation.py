@@ -98,7 +98,8 @@ def _nearest(start: float, span: float, count: int) -> NDArray[np.int64]:
 
 
 def scaled_size(size: tuple[int, int], short_side: float) -> tuple[int, int]:
-    """Returns the height and width to which a whole image is scaled for evaluation, as multiples of 32 pixels.
+    """Returns the height and width, in pixels, to which a whole image is scaled for evaluation. Both are multiples of
+    32.
 
     Args:
         size: height and width of the image in pixels.

@@ -126,7 +126,9 @@ class MaskDecoder(nn.Module):
 
 
 def _name_norms(pixels: nn.Module) -> None:
-    """Renames the convolutions and norms in `nn.Sequential` modules, because weight decay finds norms by name."""
+    """Gives names to the convolutions and norms in `nn.Sequential` modules, which have numbers. Weight decay recognises
+    norms by their names.
+    """
     for module in pixels.modules():
         if isinstance(module, nn.Sequential) and isinstance(module[1], nn.GroupNorm):
             named = zip(("conv", "norm", "relu"), list(module), strict=False)
