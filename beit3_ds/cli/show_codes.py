@@ -1,4 +1,4 @@
-"""Implements `beit3 show-codes`, which draws images and their masks, and shows the visual tokenizer's codes as colours."""
+"""Implements `beit3 show-codes`, which draws images and masks, and shows the visual tokenizer's codes as colours."""
 
 import argparse
 

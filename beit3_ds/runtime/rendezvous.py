@@ -298,8 +298,8 @@ class Rendezvous:
         raise ConfigError(error)
 
     def _receive_answer(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends this rank's description again and again until rank 0 answers; returns the answer. Rank 0 does not call
-        this method.
+        """Sends this rank's description repeatedly, until rank 0 answers; returns the answer. Rank 0 does not call
+        this.
         """
         self._waits_for = None  # rank 0 prints which ranks are missing
         invitation, began = KeyedStore(base, self._secret), time.monotonic()

@@ -161,7 +161,7 @@ class _MemorySampler(threading.Thread):
 
 
 def _resident_bytes(pid: int) -> int:
-    """Returns the resident bytes of a process and its descendants. A page is counted once per process that shares it."""
+    """Returns the resident bytes of a process and its descendants. A page counts once per process that shares it."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
