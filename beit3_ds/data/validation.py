@@ -145,8 +145,8 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
     """Chooses samples of a stream for evaluation, spread over all sources.
 
     Each source gets a share of `limit` in proportion to its size, and at least one sample if `limit` allows. Within a
-    source, samples are drawn at random. With a higher limit, the result contains the samples of a lower limit, except
-    for single samples where shares are rounded.
+    source, samples are drawn at random. If the limit is raised, the chosen samples stay chosen and others are added.
+    The rounding of shares can make exceptions.
 
     Args:
         sizes: number of samples in each source. In the stream, the sources follow one another.

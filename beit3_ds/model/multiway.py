@@ -124,8 +124,8 @@ class NormOutput(NamedTuple):
     """Holds the output of a MultiwayLayerNorm."""
 
     stream_TD: Tensor
-    """Input of the norm, returned for the residual connection. In the backward pass, the norm adds the gradient of this
-    tensor to the gradient of its input."""
+    """View of the norm's input, for the residual connection. The backward pass of the norm adds the gradient of this
+    view to the gradient through the norm."""
     h_TD: Tensor
     """Normalized rows."""
     recompute: Recomputable | None

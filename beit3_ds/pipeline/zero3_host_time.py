@@ -179,7 +179,7 @@ def _print_if_forced(message: str, debug: bool = False, force: bool = False) -> 
 
 
 def _list_parameters(module: Any, recurse: bool = False) -> Iterable[tuple[str, nn.Parameter]]:
-    """Returns the names and parameters of a module, and of its "external" parameters, which belong to other modules.
+    """Returns a module's parameters and its "external" parameters, which belong to other modules, all with names.
 
     The module's own parameters never change, so the list of them is stored at the first call and reused. The external
     parameters are read on each call.

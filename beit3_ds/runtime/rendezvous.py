@@ -298,9 +298,7 @@ class Rendezvous:
         raise ConfigError(error)
 
     def _receive_answer(self, base: dist.Store, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends this rank's description repeatedly, until rank 0 answers; returns the answer. Rank 0 does not call
-        this.
-        """
+        """Sends this rank's description repeatedly until rank 0 answers; returns the answer. Not called on rank 0."""
         self._waits_for = None  # rank 0 prints which ranks are missing
         invitation, began = KeyedStore(base, self._secret), time.monotonic()
         limit = time.monotonic() + self._seconds + _GRACE_SECONDS

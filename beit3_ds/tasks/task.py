@@ -110,8 +110,8 @@ class Task(ABC):
     accepts no sources. A source of images or pairs may omit its format if one of `IMAGE_FORMATS` is accepted. If the
     list of texts is empty, sources of texts must omit the format."""
     headline: ClassVar[Headline | None] = None
-    """Metric for comparing checkpoints, one of the metrics that `RankTask.evaluate` returns; None if it returns none.
-    """
+    """Metric for comparing checkpoints, one of the metrics that `RankTask.evaluate` returns; None for a task without
+    metrics."""
 
     def __init__(self, config: RunConfig) -> None:
         """Loads the settings and checks everything that needs no files.

@@ -86,7 +86,9 @@ class Progress:
 
     @property
     def has_updates(self) -> bool:
-        """Returns whether there is a loss to report: whether a step after the last progress line was not skipped."""
+        """Returns whether there is a loss to report. This is the case if at least one step since the last progress line
+        was not skipped.
+        """
         return bool(self.interval.updates)
 
     def add(self, step_batch: StepBatch, update: Update, data_seconds: float, seconds: float) -> None:

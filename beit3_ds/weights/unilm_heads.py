@@ -24,8 +24,8 @@ This project's parameter `LOG_SCALE` is this logarithm minus the logarithm's ini
 LOG_SCALE = "heads.temperature.bias"
 """Name of this project's temperature parameter."""
 HEAD_EXTRAS = frozenset({EXTRA_PREFIX + LOG_SCALE_KEY})
-"""An import of weights converts some tensors of heads. These are the names under which it also stores the original
-tensors, so that a later export is bitwise equal to the original file."""
+"""Names of unchanged head tensors that an import stores in addition to the converted ones. With them, a later export is
+bitwise equal to the imported file."""
 
 HeadBuilder = Callable[[ModelConfig, Any], Head]
 """Function that builds a head from the model's config and the tensor-parallel group."""

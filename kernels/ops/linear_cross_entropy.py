@@ -61,8 +61,8 @@ def linear_cross_entropy(
     """Computes each row's cross entropy with its target, or each row's divergence from smoothed labels.
 
     Without a chunk size, the logits of all M rows over all V vocabulary entries are saved. With a chunk size, at most
-    `chunk_size` x V logits exist at once: so many are saved for the backward pass, which recomputes all others. On a
-    GPU, gradients overwrite the saved logits, so a graph supports only one backward pass.
+    `chunk_size` x V logits exist at once. This number of logits is saved for the backward pass, which recomputes all
+    others. On a GPU, gradients overwrite the saved logits, so a graph supports only one backward pass.
 
     On a CPU, logits are float32, or float64 if h is float64. On a GPU, logits have h's dtype.
 
@@ -165,8 +165,8 @@ def forward_plain(
     Returns:
         The partials of the M rows, then two tensors for the backward pass. Let `largest` be the row's largest logit in
         a tile and all earlier tiles. The first tensor, (`tiles.num_buffers`, M, `tiles.stride`), holds exp(logit -
-        largest) for one tile per buffer. If several tiles share a buffer, this is the last of them
-        (`VocabularyTiles.is_kept`). The second tensor, (tiles, M), holds `largest` for each tile and row.
+        largest) for one tile per buffer: the last tile that used the buffer (`VocabularyTiles.is_kept`). The second
+        tensor, (tiles, M), holds `largest` for each tile and row.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)

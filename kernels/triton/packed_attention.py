@@ -55,8 +55,8 @@ def _column_block(x_ptr, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, K: tl.c
 def _load(x_ptr, rows, real, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr):
     """Loads rows of one head, split into two blocks of columns with the widths A and B.
 
-    Values are 0 in rows where `real` is false. A head has K columns; values are also 0 in further columns. If B is 0,
-    block A is returned twice.
+    A head has K columns; if A + B is larger, the remaining columns are 0. Rows where `real` is false are also 0. If B
+    is 0, block A is returned twice.
     """
     pointers, columns = _column_block(x_ptr, rows, 0, A, K, STRIDE)
     block_a = tl.load(pointers, mask=real[:, None] & columns, other=0.0)

@@ -48,9 +48,10 @@ def choose_tiling(architecture: int, head_size: int, dtype: torch.dtype) -> Atte
     """Returns one tile size for the three attention kernels, and the compile settings of each kernel.
 
     `candidate_tilings` lists the possible tile sizes. For each tile size, it lists one or more compile settings per
-    kernel. This function chooses the first tile size with which every kernel has at least one candidate for its
-    settings that spills no registers. Each kernel gets its first such candidate. If no tile size qualifies, the last
-    candidate is returned. budgets.json records which settings spill registers with the installed version of Triton.
+    kernel. This function chooses the first tile size at which every kernel has settings without register spills. Each
+    kernel gets the first of its settings that spill no registers. If there is no such tile size, the last element of
+    `candidate_tilings` is returned. budgets.json records which settings spill registers with the installed version of
+    Triton.
 
     Args:
         architecture: GPU architecture: 80, 90 or 100. For other GPUs with at least 99 KB of shared memory per thread

@@ -28,7 +28,7 @@ class AttemptFailure:
     rank: int | None = None
     """Rank that failed; None if the failure concerns no single rank."""
     is_consequence: bool = False
-    """Whether the failure of another rank may have caused this failure. True if the failed rank ended with status 1."""
+    """Whether this failure may be a consequence of another rank's failure. True if `rank` ended with status 1."""
 
 
 @dataclass(kw_only=True)

@@ -72,8 +72,8 @@ class LauncherProcess:
         return None if None in statuses else [status for status in statuses if status is not None]
 
     async def end(self, seconds: float) -> list[int]:
-        """Waits at most `seconds` until all of the launcher's commands have ended. Then kills those of their processes
-        that still run on this machine.
+        """Waits until all of the launcher's commands have ended, but not longer than `seconds`. Then kills all
+        processes of the commands that still run on this machine.
 
         Returns:
             Ids of the killed processes.

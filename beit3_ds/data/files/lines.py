@@ -8,9 +8,11 @@ _CHUNK = 1 << 20
 
 
 def iterate_lines(file: IO[AnyStr], limit: int) -> Iterator[AnyStr]:
-    """Yields the lines of a file with their newlines, cut off after `limit` + 1 bytes or characters.
+    """Yields the lines of a file with their newlines. The part of a line after `limit` + 1 bytes or characters is
+    skipped.
 
-    A line of `limit` + 1 bytes or characters may be cut off. A carriage return alone does not end a line.
+    If a yielded line has `limit` + 1 bytes or characters, a part of it may be missing. A carriage return alone does not
+    end a line.
     """
     while line := file.readline(limit + 1):
         if len(line) > limit:

@@ -15,8 +15,8 @@ def assign_sources(
 
     A position is the index of a sample, counted from 0 among all samples that a run takes from the stream. For every n,
     the rule fixes how many of the first n positions each source gets. The share of a source is its weight divided by
-    the sum of all weights. Source 0 gets floor(n * share). A later source gets floor(r * share / s), where r is how
-    many of the n positions no earlier source gets, and s is the sum of the shares of this source and all later sources.
+    the sum of all weights. Source 0 gets floor(n * share). A later source gets floor(r * share / s). Here, r is n minus
+    the number of positions of all earlier sources, and s is the sum of the shares of this source and all later sources.
     A source's number of positions differs from n * share by less than the number of sources. Shares are rounded to a
     millionth, so int64 products are exact up to 9e12 positions.
 

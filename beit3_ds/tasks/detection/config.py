@@ -25,8 +25,8 @@ class DetectionConfig:
     anchor_scale: Annotated[float, Range(1, 64)] = 8.0
     """Side of an anchor, divided by the stride of the anchor's pyramid level."""
     proposals_per_level: Positive = 2000
-    """In training, number of anchors with the best scores per pyramid level that become proposals. Non-maximum
-    suppression removes some of these proposals."""
+    """Maximum number of proposals per pyramid level in training, before non-maximum suppression. The anchors with the
+    best scores become proposals."""
     proposals: Positive = 1000
     """Maximum number of proposals per image after non-maximum suppression. In an evaluation, this is also the number of
     best proposals per level, instead of `proposals_per_level`."""
