@@ -84,7 +84,7 @@ class WriterLock:
             command: what this process does, for messages of other processes; None uses the process's command line.
             is_stopping: function that returns whether this process has received a stop signal. While this process waits
                 for the lock, a stop signal ends the wait. While this process holds the lock, a stop signal is recorded
-                in the lock file. Other processes then wait for the lock, instead of being refused.
+                in the lock file, so that other processes wait for the lock and are not refused.
             end: function that ends this process at once with an exit status. Called if another process has taken over
                 the lock.
         """

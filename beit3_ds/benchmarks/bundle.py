@@ -134,7 +134,8 @@ def fill_triton_cache(tree: Path, cache: Path, architecture: int, filled: Path |
         tree: source tree of this project. The folder `wheels` beside the tree contains packages for the dry run.
         cache: folder of the Triton cache.
         architecture: compute capability of the GPU: 80, 90 or 100.
-        filled: Triton cache of an earlier dry run, which is copied first; None compiles all kernels.
+        filled: Triton cache of an earlier dry run. Its kernels are copied first, and only missing kernels are compiled.
+            None compiles all kernels.
 
     Raises:
         ConfigError: if the dry run fails.

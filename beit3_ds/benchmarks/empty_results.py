@@ -79,7 +79,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def empty_results() -> Iterator[None]:
-    """Lets expensive operations on a CPU return undefined values without computing, inside a `with` block.
+    """In the `with` block, makes expensive operations on CPU tensors return undefined values, without computing
+    anything.
 
     These operations are matrix products, attention, GELU, random values and optimizer updates. Results have the right
     shapes, dtypes and strides. The block affects all threads of the process.

@@ -135,7 +135,7 @@ class CheckpointFolder:
         return self.index.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the dtype of the tensors that `read` returns: float32."""
+        """Returns float32, because `read` returns every tensor in float32."""
         return torch.float32
 
     def read(self, name: str, part: TensorSlice | None = None) -> Tensor:

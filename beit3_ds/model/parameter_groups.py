@@ -60,8 +60,8 @@ def parameter_group(name: str, config: RunConfig) -> ParameterGroup:
     """Returns the optimizer settings of a parameter, given its logical name.
 
     The learning rate of layer l is multiplied by `layer_decay` ** (`num_layers` + 1 - l), as in ELECTRA (Clark et al.,
-    2020, arXiv:2003.10555) and BEiT (arXiv:2106.08254). `head_learning_rate_scale` also multiplies the learning rate of
-    the head.
+    2020, arXiv:2003.10555) and BEiT (arXiv:2106.08254). The learning rate of the head is multiplied by
+    `head_learning_rate_scale` too.
     """
     training, num_layers = config.training, 0 if config.backbone is None else config.backbone.num_layers
     if is_frozen(name, training.frozen):

@@ -74,7 +74,9 @@ class TensorParallel:
         return self.sequence_parallel and self.size > 1
 
     def own_row_range(self, num_rows: int) -> tuple[int, int]:
-        """Returns the range [start, stop) of this rank's rows. Rows at and after index `num_rows` are padding."""
+        """Returns the range [start, stop) of this rank's rows. The range may include padding: rows with index
+        `num_rows` or higher.
+        """
         if not self.divides_rows:
             return 0, num_rows
         part = -(-num_rows // self.size)

@@ -124,7 +124,7 @@ class VocabParallelHead(nn.Module):
     def logits(self, h_MD: Tensor) -> Tensor:
         """Returns each row's logits over the whole vocabulary, (rows, vocabulary), on all ranks.
 
-        All-reduces all logits. For predictions only, because gradients are not reduced.
+        All-reduces all logits. Use this method only for predictions: the backward pass would not reduce gradients.
         """
         local_MV = F.linear(h_MD, self.weight, self.bias)
         if self.tensor.size == 1:

@@ -105,9 +105,9 @@ def _keep_float32_sums(optimizer: DeepSpeedZeroOptimizer) -> None:
 def begin_step(engine: DeepSpeedEngine, num_chunks: int) -> None:
     """Clears ZeRO-3's gradient buffer at the start of a step, if the stage has several model chunks.
 
-    Each chunk has its own part of the buffer. In the first backward pass of a step, ZeRO-3 overwrites the part of one
-    chunk. In all later backward passes, ZeRO-3 adds to the buffer. Without clearing, the parts of all other chunks
-    would still contain the gradients of the previous step.
+    Each chunk has its own part of the buffer. In the first backward pass of a step, ZeRO-3 overwrites the part of that
+    pass's chunk. In all later backward passes, ZeRO-3 adds to the buffer. Without clearing, the parts of the other
+    chunks would still contain the gradients of the previous step.
 
     Args:
         engine: DeepSpeed engine of this stage.

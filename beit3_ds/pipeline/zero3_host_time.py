@@ -181,8 +181,8 @@ def _print_if_forced(message: str, debug: bool = False, force: bool = False) -> 
 def _list_parameters(module: Any, recurse: bool = False) -> Iterable[tuple[str, nn.Parameter]]:
     """Returns a module's parameters and its "external" parameters, which belong to other modules, all with names.
 
-    The module's own parameters never change, so the list of them is stored at the first call and reused. The external
-    parameters are read on each call.
+    The first call stores the list of the module's own parameters, because a module never gets or loses parameters. The
+    list of external parameters is read on each call.
     """
     known = vars(module).setdefault("_listed_parameters", {})
     if recurse not in known:

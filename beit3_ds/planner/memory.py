@@ -195,7 +195,7 @@ def _attention_core(rank_model: RankModel, rows: BlockRows, layer: int) -> int:
     log-sum-exp.
 
     With relative positions, all of these except the log-sum-exp are saved in a wider form. The queries and the output
-    are then also saved in their original width.
+    are saved twice: in the wider form and in their original width.
     """
     model = rank_model.config.model
     width = model.hidden_size // rank_model.tensor.size

@@ -36,8 +36,8 @@ class RetryingStream(io.RawIOBase):
             report: function that takes an error. It is called for the first error, and for the first error after each
                 recovery. A full non-blocking pipe is never reported. A pipe whose reader has ended is reported only if
                 the attribute `reports_closed_pipe` is True. No lock is held during the call.
-            limit: maximum bytes kept in memory. Further bytes are dropped, and a line in the stream counts the dropped
-                bytes.
+            limit: maximum bytes kept in memory. Further bytes are dropped. Later, a line with the number of dropped
+                bytes is written to the stream.
         """
         super().__init__()
         self._open, self._report, self._limit = open_descriptor, report, limit

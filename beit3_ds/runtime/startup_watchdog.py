@@ -1,6 +1,5 @@
-"""Ends a process that hangs while it opens its files, and prints the hanging call.
-
-No other time limit applies at that time.
+"""Ends a process that hangs while it opens its files, and prints the hanging call. Only this watchdog limits the time
+of opening files.
 """
 
 import os

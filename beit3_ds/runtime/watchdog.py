@@ -24,7 +24,8 @@ STORE_SECONDS = 5.0
 """Time limit of one request to the store in seconds."""
 _GRACE_SECONDS = 5.0
 """After a failure, the watchdog ends a process if the process has not ended by itself within this number of seconds.
-Rank 0 has the same time to publish a reported failure, and all ranks have the same time to read it."""
+Rank 0 has this number of seconds to publish a reported failure. After that, all ranks have this number of seconds to
+read the failure."""
 _BEATS_PER_TIMEOUT = 6
 _NONE = "nothing"
 """Value of a key in the store before any rank sets the key."""

@@ -2,7 +2,7 @@
 
     images/{train,validation}/NUMBER.png
     questions-{train,validation}.jsonl       image, question, answer, question_type, answer_type
-    statements-{train,validation}.jsonl      left, right, sentence, label, group: each sentence once true, once false
+    statements-{train,validation}.jsonl      left, right, sentence, label, group; a sentence is true once and false once
     captions.json                            images, five captions each, in the format of Karpathy's splits
     classes/{train,validation}/ID/NUMBER.png one object per image; classes.txt has the class names
     segmentation/                            landscapes with shapes and their label maps, in ADE20K's folders

@@ -95,8 +95,9 @@ class Evaluator(Protocol):
     def trained_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields names and values of trained tensors, on the CPU; weights are float32.
 
-        During training, these are all weights and buffers in the newest checkpoint. In `beit3 evaluate`, these are the
-        parameters of this pipeline stage, without buffers. Does not communicate, so a single rank may call this method.
+        During training, all weights and buffers are read from the newest checkpoint. In `beit3 evaluate`, the method
+        yields the parameters of this pipeline stage, and no buffers. Does not communicate, so a single rank may call
+        this method.
         """
 
 
@@ -207,8 +208,8 @@ class RankTask:
         """Restores task state that depends on the number of finished steps.
 
         All ranks call this method after a checkpoint is loaded. The restored state must equal the state between
-        `after_step` of step `done` - 1 and `before_step` of step `done`. The run may evaluate between these two calls.
-        If a stop signal cancelled this evaluation, the resumed run repeats it with the restored state.
+        `after_step` of step `done` - 1 and `before_step` of step `done`. A run may evaluate the model at this point. If
+        a stop signal cancelled the evaluation, the resumed run repeats it with the restored state.
 
         Args:
             evaluator: gives access to the model and the ranks.

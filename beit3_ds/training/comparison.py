@@ -71,7 +71,8 @@ def _train_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draws the total loss of each run over the steps, and below it the absolute difference of each loss.
+    """Draws two plots over the steps: the total losses of both runs, and below, the absolute difference between the
+    runs of every loss.
 
     Args:
         comparison: losses of the two runs.

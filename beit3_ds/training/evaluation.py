@@ -37,8 +37,8 @@ def evaluate(
 
     All ranks must have the same number of batches. Terms that compare samples with each other (`Task.step_loss`) are
     computed over all samples of a source; the ranks first gather the features of these samples. Let K be the number of
-    terms, and S the maximum of the numbers of image, pair and text sources. In a pipeline, the last stage broadcasts
-    K x S sums. The data-parallel ranks then all-reduce K x S sums and K x S counts.
+    terms, and S the number of sources of the kind (images, pairs or texts) with the most sources. In a pipeline, the
+    last stage broadcasts K x S sums. The data-parallel ranks then all-reduce K x S sums and K x S counts.
 
     Args:
         schedule: schedule that runs the forward passes.

@@ -26,9 +26,10 @@ class Allocator:
     def keep_freed_memory(self, device: torch.device, lasting: int = 0) -> None:
         """Makes this process keep freed memory for later allocations, if the training runs on a CPU under Linux.
 
-        Without this call, freed pages return to the operating system, which zeroes them again in the next step. After
-        the call, this allocator creates tensors in its own memory mapping, if the operating system grants one. Tensors
-        that PyTorch itself creates still come from glibc, which no longer returns freed memory to the operating system.
+        Without this call, freed pages return to the operating system, and in the next step, it must provide zeroed
+        pages again. After the call, this allocator creates tensors in its own memory mapping, if the operating system
+        grants one. Tensors that PyTorch itself creates still come from glibc, which no longer returns freed memory to
+        the operating system.
 
         Args:
             device: device of the training. If the device is not a CPU, the function does nothing.

@@ -1,8 +1,8 @@
 """Computes GELU and sub-LN of rows in one pass, and the gradients in a second pass.
 
 The sub-LN (Magneto, Wang et al., 2022, arXiv:2210.06423) normalises the input of an output projection. This module
-needs whole rows. If tensor-parallel ranks divide the columns of a row, `sub_norm` is used instead. On a CPU, this
-module's operators are used only by checks, because `out_projection` computes GELU and sub-LN itself.
+needs whole rows. If tensor-parallel ranks divide the columns of a row, `sub_norm` is used instead. On a CPU,
+`out_projection` computes GELU and sub-LN itself, and only self-checks use this module's operators.
 """
 
 # T packed rows, F width, E experts.

@@ -8,7 +8,8 @@ CPU_WIDTH = 1024
 """Vocabulary columns per tile on a CPU. Without tiles, the matrix products take up to twice as long (BENCHMARKS.md)."""
 
 ALIGNMENT = 64
-"""Divisor of the row stride of a buffer on a GPU, in elements. Kernels can therefore access 128 bits at a time."""
+"""On a GPU, the row stride of a buffer is a multiple of this number of elements, so that kernels can access 128 bits at
+a time."""
 
 
 class VocabularyTiles(NamedTuple):

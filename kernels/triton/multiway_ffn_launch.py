@@ -207,8 +207,8 @@ def variants(architecture: int) -> list[KernelVariant]:
     The giant model's FFN kernels are compiled with every candidate for the tile sizes. All other kernels, and the giant
     model's output projection with a float32 residual stream, are compiled only with the first candidate.
 
-    The default tests compile the giant model's up projection for all architectures, and the giant model's output
-    projection for sm_90. These tests use only the first candidate, and compile no other variants from this list.
+    The default tests compile two of these variants, with the first candidate: the giant model's up projection for all
+    architectures, and the giant model's output projection for sm_90.
     """
     result = []
     for element, hidden, ffn_hidden in SIZES:

@@ -36,8 +36,8 @@ def benchmark_text(num_bytes: int = 0, processes: int | None = None, json_path: 
     batch encoding tokenizes the same text in memory, and does nothing else. Speed is measured in CPU time on one core.
 
     Args:
-        num_bytes: size in bytes of a second corpus, whose preparation shows the peak memory. The report compares this
-            peak with the peak during the first 5% of the second corpus. 0 skips the measurement of memory.
+        num_bytes: size in bytes of a second corpus for measuring memory. The report compares the peak memory of
+            preparing the whole corpus with the peak at 5% of the corpus. 0 skips the measurement of memory.
         processes: number of processes that prepare the second corpus; None means one process per core.
         json_path: file for the results (`rows` and `summary`) as JSON.
     """

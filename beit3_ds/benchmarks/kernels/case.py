@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """Holds one implementation of an op together with inputs, ready to run."""
+    """Holds an implementation of an op that is ready to run, and the inputs on which it runs."""
 
     leaves: tuple[Tensor, ...]
     """Inputs that need gradients."""

@@ -159,10 +159,11 @@ def _slow_pairs(links: Links, expected_bits: float | None) -> tuple[dict[tuple[s
 
 
 def find_slow_links(links: Links, expected_bits: float | None) -> Iterator[Fault]:
-    """Yields a fault for each slow link, or one fault for several links of a node.
+    """Yields a fault for each slow link. Exception: a node that is slow as a whole has one fault for all its slow
+    links.
 
-    If a node sends slowly to all other nodes, one fault replaces the faults of these links. The same applies to a node
-    that receives slowly from all other nodes. With two nodes, each slow link has its own fault.
+    A node is slow as a whole if it sends slowly to all other nodes, or receives slowly from all other nodes. With two
+    nodes, each slow link has its own fault.
 
     A link is slow if it reaches less than half the expected speed. If the expected speed is unknown, the limit is half
     the usual speed (`Links.usual`), but at least `FLOOR_BITS`.

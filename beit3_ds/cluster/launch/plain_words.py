@@ -1,8 +1,8 @@
 """Checks that words of the hosts' command lines contain no special characters, because shells read these lines.
 
-DeepSpeed's launcher quotes only words with blanks, and the shell still expands `$( )` inside these quotes. Values that
-may contain special characters, such as the training command, are therefore sent to the hosts in a message
-(`messages.Start`).
+DeepSpeed's launcher puts double quotes around words with blanks, but leaves other words unquoted. Shells expand `$( )`
+in both cases. Values that may contain special characters, such as the training command, are therefore sent to the hosts
+in a message (`messages.Start`).
 """
 
 import re

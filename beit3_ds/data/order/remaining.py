@@ -36,7 +36,8 @@ class RemainingSamples(Protocol):
         """Converts indices in this set to sample numbers of the stream; argument and result are (n,) int64."""
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Appends JSON descriptions to `nodes`: first of the sets from which this set is made, then of this set.
+        """Appends the JSON description of this set to `nodes`, after the descriptions of the sets from which this set
+        is made.
 
         Returns:
             Index in `nodes` of this set's description, which is the last element.

@@ -155,7 +155,7 @@ class _Workers(Generic[RequestT, ItemT]):
         self.processes: list[WorkerProcess] = []
         self._pending: list[deque[RequestT]] = []
         self._num_replaced: list[int] = []
-        """Number of times that each worker was replaced while it prepared the current item."""
+        """For each worker, how often its process has been replaced while the current item was prepared."""
         self._stopped: list[float] = []
         """Seconds for which each worker's process has been suspended."""
         self._polled: list[float] = []

@@ -11,8 +11,8 @@ class CaptioningConfig:
     """Configures masked fine-tuning and caption generation; the defaults follow Microsoft's BEiT-3 code."""
 
     mask_ratio: Annotated[float, Range(0, 1, above=True)] = 0.7
-    """Fraction of a caption's tokens that are masked and predicted in training. The EOS token at the end counts as one
-    of these tokens and may be masked."""
+    """Fraction of a caption's tokens that are masked and predicted in training. The EOS token at the end counts as a
+    token of the caption and may be masked."""
     label_smoothing: Decay = 0.1
     """Total probability of all wrong words in a smoothed label."""
     dropped_share: Decay = 0.2

@@ -14,7 +14,7 @@ _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644E
 
 
 def draw_seed(key: SampleKey) -> int:
-    """Returns the seed for sampling in the head, which depends on the run's seed, the epoch and the sample."""
+    """Returns a seed for sampling in the head. The seed depends on the run's seed, the epoch and the sample."""
     return int(key.rng("samplers").integers(1 << SEED_BITS))
 
 

@@ -93,7 +93,9 @@ class CropAugmentation:
 
 
 def _nearest(start: float, span: float, count: int) -> NDArray[np.int64]:
-    """Divides [start, start + span) into `count` equal parts and returns the pixel at the centre of each part."""
+    """Divides [start, start + span) into `count` equal parts and returns the index of the pixel at the centre of each
+    part.
+    """
     return np.floor(start + (np.arange(count) + 0.5) * (span / count)).astype(np.int64)
 
 

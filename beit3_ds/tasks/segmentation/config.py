@@ -54,8 +54,8 @@ class SegmentationConfig:
     num_classes: Annotated[int, Range(1, MAX_CLASSES)] = 150
     """Number of classes."""
     class_names: PathString = ""
-    """Text file with one class name per line, or a table like ADE20K's objectInfo150.txt. Empty uses the
-    objectInfo150.txt of an `ade20k` source; if no source has this file, classes are named by numbers."""
+    """Text file with one class name per line, or a table like ADE20K's objectInfo150.txt. If this key is empty, the
+    objectInfo150.txt of an `ade20k` source is used. If no source has this file either, classes are named by numbers."""
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
     """Sizes of the ViT-Adapter. With null, the head has a simple feature pyramid instead, built from the output of
     BEiT-3."""

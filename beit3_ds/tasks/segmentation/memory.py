@@ -18,9 +18,9 @@ def crop_memory(model: ModelConfig, settings: SegmentationConfig, element_size: 
     Covers the adapter or the pyramid, the pixel decoder and the query decoder. Counts the inputs of convolutions,
     linear layers, activation functions and norms, and the float32 tensors of deformable attention.
 
-    Does not count the matched masks of the loss, because their number depends on the image. The loss keeps two float32
-    maps per mask and layer; each map has at least 1/4 of the crop's height and width. Does not count statistics of
-    norms. Does not count memory that is needed only during an operation or during recomputation.
+    Does not count statistics of norms, and memory that is needed only during an operation or during recomputation. Does
+    not count the matched masks of the loss either, because their number depends on the image. For these masks, the loss
+    keeps two float32 maps per mask and layer, each with at least 1/4 of the crop's height and width.
 
     Args:
         model: the model's configuration.

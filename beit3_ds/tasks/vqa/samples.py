@@ -28,7 +28,7 @@ class VqaSample(NamedTuple):
     """Holds a tokenized question, its image, and the target score of each answer."""
 
     name: str
-    """Name of the sample for messages: questions file, number of the line or sample in this file, and image path."""
+    """Name of the sample for messages: questions file, line number or question number in this file, and image path."""
     sample_index: int
     """Index of the question in its split, from 0."""
     view: Tensor
