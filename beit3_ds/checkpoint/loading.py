@@ -59,9 +59,9 @@ def agree_on_newest(collection: CheckpointCollection, mesh: Mesh, host: HostGrou
 
 
 def _list_names(collection: CheckpointCollection) -> tuple[list[str], str | None]:
-    """Returns the names of all checkpoints, newest first, and None.
+    """Returns the names of all checkpoints, newest first. The second result is None.
 
-    If the checkpoints cannot be read, returns an empty list and an error message.
+    If the checkpoints cannot be read, the list is empty, and the second result is an error message.
     """
     try:
         return [path.name for path in collection.paths()], None

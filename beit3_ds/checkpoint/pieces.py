@@ -112,9 +112,10 @@ def _cover_once(rows: Rows, height: int, width: int) -> bool:
     Tests two conditions on the rectangles, which are the slices and the matrix itself. First, the slices must have as
     many elements in total as the matrix. Second, each point must be a corner of an even number of rectangles.
 
-    A rectangle contains an element exactly if an odd number of its corners lie above and to the left of the element. So
-    by the second condition, each element lies in an even number of rectangles. The matrix is one of the rectangles, so
-    at least one slice covers each of its elements. By the first condition, no element is covered twice.
+    Of the four corners of a rectangle, an odd number lies above and to the left of an element if, and only if, the
+    rectangle contains the element. So by the second condition, each element lies in an even number of rectangles. The
+    matrix is one of the rectangles, so at least one slice covers each of its elements. By the first condition, no
+    element is covered twice.
 
     Args:
         rows: one row per slice, (slices, 5): rank, top, bottom, left, right.

@@ -44,8 +44,8 @@ class SourceConfig:
     """Annotations that are not in `path`: a second annotation file, such as the answers to the questions in `path`, or
     a folder of label maps. Used only by formats that a task adds."""
     split: str = ""
-    """Name of a split, for example "val" to read only this split of a Karpathy file. Some formats need a split, and
-    others must have none (docs/tasks.md). Used only by formats that a task adds."""
+    """Name of a split, for example "val" to read only this split of a Karpathy file. Some formats of fine-tuning tasks
+    need a split (docs/tasks.md). All other formats must have none."""
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Sampling weight. The source supplies the fraction weight / (sum of all weights) of the stream's samples. Without
     weights, each sample of the stream is used once per epoch."""

@@ -1,4 +1,5 @@
-"""Reads model weights from a safetensors file, or from a folder of them with a Hugging Face index.
+"""Reads model weights from a safetensors file, or from a folder with several safetensors files and a Hugging Face
+index.
 
 Tensors are stored under their logical names. The header of each file contains the model's configuration.
 """

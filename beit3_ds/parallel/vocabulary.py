@@ -25,8 +25,7 @@ class VocabParallelEmbedding(nn.Module):
     """Looks up embeddings in a table whose rows are split over tensor-parallel ranks.
 
     The forward pass all-reduces the embeddings of all tokens, and the backward pass does not communicate. The
-    constructor sets the padding rows of `weight`, after the last word, to 0; `initialize_parameters` initializes the
-    others.
+    constructor only initializes the padding rows of `weight`, which are 0.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tensor: TensorParallel) -> None:
@@ -56,7 +55,7 @@ class RowLosses(NamedTuple):
 class VocabParallelHead(nn.Module):
     """Computes logits or cross entropies over a vocabulary that is split over tensor-parallel ranks.
 
-    Only the padding rows are initialized: their weights are 0, and their bias is `PADDING_BIAS`.
+    The constructor only initializes the padding rows: their weights are 0, and their bias is `PADDING_BIAS`.
     """
 
     def __init__(

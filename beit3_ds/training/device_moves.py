@@ -22,7 +22,7 @@ class DeviceMoves:
         Args:
             device: device of the model.
             side: stream for copies, such as a `torch.cuda.Stream`. The next micro-batch is copied on this stream while
-                the model computes. With None, a micro-batch is copied when it is taken.
+                the model computes. With None, a micro-batch is copied only when `take` returns it.
             current: function that returns the stream on which the model computes.
         """
         self._device, self._side, self._current = device, side, current

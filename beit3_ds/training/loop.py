@@ -302,7 +302,7 @@ def _report_saves(run: Run) -> list[SaveOutcome]:
 
 
 def _fetch_next(run: Run, feed: StepFeed, done: int) -> None:
-    """Fetches the data of the step after `done` steps, if there is one, and starts copying it to the device."""
+    """Fetches the data of the next step, and starts copying them to the device. Does nothing after the last step."""
     if done < run.config.training.total_steps:
         feed.fetch()
         run.moves.announce(feed.upcoming)

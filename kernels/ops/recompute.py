@@ -11,7 +11,7 @@ from torch import Tensor
 class RecomputeFunction:
     """Recomputes rows from saved tensors, once per backward pass for all layers that use the rows.
 
-    The object holds no tensors after a backward pass, so it does not keep memory that autograd frees.
+    After a backward pass, the object refers to no tensors, so autograd can free their memory.
     """
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:

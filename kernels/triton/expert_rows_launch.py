@@ -137,8 +137,7 @@ def prepare_rows(
         flags: constexpr arguments after those of `row_constants`.
         is_backward: True limits the number of Triton programs to `tiling.backward_programs`; False limits this number
             to `tiling.forward_programs`.
-        takes_count: whether the kernel has an argument for the number of programs, which follows the kernel's argument
-            `rows`.
+        takes_count: whether the kernel takes the number of programs as an argument, directly after its argument `rows`.
     """
     assert stops[-1] * width < 2**31, f"{stops[-1]} rows of {width} columns have offsets beyond 32 bits"
     programs = deal_rows(stops, tiling.backward_programs if is_backward else tiling.forward_programs)

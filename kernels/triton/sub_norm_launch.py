@@ -37,7 +37,7 @@ NUM_WARPS = 4
 
 
 def build_stops(slices: Slices) -> tuple[int, int, int]:
-    """Returns the stop row of each of three experts. If there are fewer experts, the last stop row is repeated."""
+    """Returns three stop rows, one per expert. If there are fewer than three experts, the last stop row is repeated."""
     assert 1 <= len(slices) <= 3, f"multiway FFN: the kernels take one to three experts, not {len(slices)}"
     stops = [stop for _, stop in slices]
     first, second, third = stops + stops[-1:] * (3 - len(stops))

@@ -48,7 +48,7 @@ def remote_command(name: str, argv: list[str], environment: Mapping[str, str]) -
 
 
 class NodeConnection:
-    """Sends questions, one at a time, to a program on one node, usually the probe.
+    """Sends questions, one at a time, to a program on one node. The program is usually the probe.
 
     Other programs must answer in the same form as the probe.
     """

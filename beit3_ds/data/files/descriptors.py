@@ -186,7 +186,7 @@ class _Recent(Generic[ItemT]):
 
 
 def _forget(item: object) -> None:
-    """Does nothing: Python frees a memory map with the last array that uses it."""
+    """Does nothing: Python frees a memory map as soon as no array uses it."""
 
 
 def _check_unchanged(descriptor: int, expected: tuple[int, int]) -> None:

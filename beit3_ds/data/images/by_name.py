@@ -16,8 +16,8 @@ from beit3_ds.data.images.shards import TarShards
 class ImagesByName:
     """Reads images by name from a folder or from tars; never reads a file outside the folder.
 
-    In a folder, a name is a relative path such as `val2014/COCO_val2014_000000000042.jpg`. In tars, a name is the path
-    or the file name of a tar member, and the extension is ignored.
+    In a folder, a name is a relative path such as `val2014/COCO_val2014_000000000042.jpg`. In tars, a name is a tar
+    member's path or file name, either of which works. Extensions are ignored.
     """
 
     def __init__(self, path: str, cache_dir: str | None = None, files: OpenFiles | None = None) -> None:

@@ -14,8 +14,9 @@ _BLOCKS = "blocks "
 class KeyedPermutation:
     """Computes a random permutation of range(size) in constant memory.
 
-    A Feistel network permutes range(4^b), where b is the smallest integer with 4^b >= size. A result outside
-    range(size) is permuted again (cycle walking), fewer than four times on average.
+    A Feistel network permutes range(4^b), where b is the smallest integer with 4^b >= size. As long as a result is
+    outside range(size), it is permuted again (cycle walking). On average, the network is applied fewer than four times
+    per sample.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:

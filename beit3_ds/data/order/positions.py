@@ -42,8 +42,7 @@ class SetPosition:
     """Key of the current permutation. The run's seed and this key select a permutation of `remaining`, or of all
     samples in the set if `remaining` is None."""
     remaining: tuple[Any, ...] | None = None
-    """Samples that were unused when the rest of this epoch was last shuffled again, in the JSON form of
-    `remaining.to_nodes`.
+    """Samples that were unused when the rest of this epoch was last shuffled again, as JSON (`remaining.to_nodes`).
 
     A run that resumes with changed data, sampling weights or seed shuffles the unused samples again (`resuming`). None
     if this has not happened in this epoch.

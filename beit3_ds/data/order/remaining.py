@@ -144,7 +144,8 @@ class SourceSubset:
     bounds: tuple[tuple[int, int], ...]
     """First sample number of each kept source, and one past its last sample number."""
     _counts: NDArray[np.int64] = field(init=False)
-    """Number of kept samples before each block of _BLOCK samples of `whole`, followed by the total."""
+    """Entry i is the number of kept samples among the first i * _BLOCK samples of `whole`; the last entry is the total.
+    """
 
     def __post_init__(self) -> None:
         counts = [0]

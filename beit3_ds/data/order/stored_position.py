@@ -132,8 +132,8 @@ def _check_node(node: Any, lengths: list[int], sizes: Mapping[int, int]) -> tupl
         sizes: number of samples of each source, by the source's id.
 
     Returns:
-        Indices of the descriptions of those earlier sets from which this set is made, and an upper bound on the number
-        of samples in this set.
+        Indices, in the list, of the sets from which this set is made, and an upper bound on the number of samples in
+        this set.
     """
     kind, *values = check_list(node)
     if kind == "range":

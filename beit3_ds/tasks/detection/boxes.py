@@ -86,9 +86,9 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
         high: minimum IoU for a match. A box matches the object with which it has its largest IoU.
         low: a box is `BACKGROUND` if its largest IoU is below `low`, and `IGNORED` if its largest IoU is between `low`
             and `high`.
-        keep_best: whether each object's best boxes have a match even if their IoU is below `high`. The best boxes of an
-            object are the boxes that have the largest IoU with this object. A box that is the best box of one object,
-            but has a larger IoU with another object, matches the other object.
+        keep_best: whether a best box of an object has a match even if its IoU is below `high`. The best boxes of an
+            object are the boxes that have the largest IoU with this object. A best box also matches the object with
+            which it has its largest IoU, which may be another object.
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)

@@ -34,8 +34,9 @@ class DetectionConfig:
     """Number of anchors per image in the loss of the proposal network; at most half of the anchors match an object. The
     losses of an image are divided by this number, so they do not depend on the other images of a batch."""
     sampled_boxes: Positive = 512
-    """Maximum number of proposals per image in the loss of the box stages; at most a quarter of `sampled_boxes` match
-    an object. The losses of the box stages are divided by `sampled_boxes`, even if an image has fewer proposals."""
+    """Maximum number of proposals per image in the loss of the box stages. At most a quarter of this number are
+    proposals that match an object. The losses of the box stages are divided by `sampled_boxes`, even if an image has
+    fewer proposals."""
     min_scale: Annotated[float, Range(0, 10, above=True)] = 0.1
     """Smallest factor of large-scale jitter (ViTDet: 0.1). An image is resized to fit a square whose side is the factor
     times `model.image_size`, and is then cropped to at most `model.image_size` per side."""
