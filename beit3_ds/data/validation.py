@@ -109,8 +109,8 @@ def build_validation_batches(
     `training.validation_seed` selects the samples (`choose_samples`) and their masks. The layout of ranks does not
     change them. All crops are center crops. All samples of a stream in one batch come from one source. Per stream, a
     batch has at most as many samples as the largest training micro-batch has. For a stream without training samples,
-    the largest of these maximums of the other streams applies. Every rank has the same number of batches; some batches
-    may be smaller or empty. Streams without validation files are omitted.
+    the largest such maximum of any other stream applies. Every rank has the same number of batches; some batches may be
+    smaller or empty. Streams without validation files are omitted.
 
     Args:
         config: the run's configuration.

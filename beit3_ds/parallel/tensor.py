@@ -111,10 +111,11 @@ class TensorParallel:
         return _pad_rows(x[start:stop], stop - start)
 
     def scatter_rows(self, x: Tensor) -> Tensor:
-        """Returns this rank's rows of a replicated tensor; with sequence parallelism, the ranks divide the rows.
+        """Returns this rank's rows of a replicated tensor. Without sequence parallelism, these are all rows: returns
+        `x` unchanged.
 
-        The rows are then padded with zeros to the same number on every rank. The backward pass all-gathers the
-        gradients of all ranks' rows and removes the padding. Without sequence parallelism, returns `x` unchanged.
+        With sequence parallelism, the ranks divide the rows, after zeros have been added so that all ranks get the same
+        number. The backward pass all-gathers the gradients of all ranks' rows and removes the padding.
         """
         return _ScatterRows.apply(x, self) if self.divides_rows else x
 

@@ -111,8 +111,8 @@ class Watchdog:
         """Reports this rank's failure to rank 0, and waits at most five seconds until rank 0 publishes this failure or
         an earlier one to all ranks.
 
-        On rank 0, this method then waits at most five more seconds until all ranks have read the published failure. An
-        earlier failure of another rank replaces this one.
+        On rank 0, this method then waits at most five more seconds until all ranks have read the published failure. If
+        another rank has already reported a failure, that failure is published instead of this rank's.
         """
         self._report(f"{self._describe(self._rank)} failed: {_first_line(error)}")
 

@@ -152,7 +152,7 @@ def _plain_source(source: Mapping[str, Any]) -> dict[str, Any]:
 def _plain_value(value: Any) -> Any:
     """Converts a recorded value to the current form.
 
-    Drops keys of data sources with the value null. Version 0.1 recorded keys that were not set as null.
+    Drops keys of data sources with the value null. In version 0.1, such a key meant that the user had not set it.
     """
     if isinstance(value, list):
         return [_plain_source(item) if isinstance(item, dict) else item for item in value]

@@ -86,8 +86,8 @@ class Progress:
 
     @property
     def has_updates(self) -> bool:
-        """Returns whether there is a loss to report. This is the case if at least one step since the last progress line
-        was not skipped.
+        """Returns whether there is a loss to report. There is none if every step after the last progress line was
+        skipped.
         """
         return bool(self.interval.updates)
 

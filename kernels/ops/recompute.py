@@ -25,8 +25,8 @@ class RecomputeFunction:
         self._num_users += 1
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the rows (T, D). In a backward pass, the first call computes the rows, and they are kept until the
-        last layer that uses them has called.
+        """Returns the rows (T, D). Each layer that uses the rows calls this method once per backward pass. The first
+        call computes the rows, and they are released after the last call.
 
         Args:
             tensors: arguments of the function, which autograd saved (`Recomputable.tensors`).

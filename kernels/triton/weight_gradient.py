@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Defines the Triton kernel of weight gradients. One launch computes the gradients of all layers with one input."""
+"""Defines the Triton kernel of weight gradients. A launch computes the gradients of all layers that share an input."""
 
 # T packed rows, OUT and IN widths of a layer, L layers, E experts, P shares of the rows.
 #

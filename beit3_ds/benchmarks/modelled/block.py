@@ -139,7 +139,9 @@ def _backward(rates: Rates, shape: BlockShape) -> Iterator[OpTime]:
 
 
 def _products(rates: Rates, flops: float) -> tuple[float, float]:
-    """Returns the seconds of a matrix product: with our kernel, and with cuBLAS or our kernel, whichever is faster."""
+    """Returns the seconds of a matrix product with our kernel, and the seconds with the faster of our kernel and
+    cuBLAS.
+    """
     triton, library = (rates.product_seconds(flops, share) for share in (rates.triton, rates.library))
     return triton, min(triton, library)
 

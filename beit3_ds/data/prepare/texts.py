@@ -72,8 +72,8 @@ class TextPreparation:
     """Skipped lines in the pieces that `pieces_written` and `pieces_kept` count. Each entry names the file, the line
     number and the reason."""
     files_left: int
-    """Number of text files that are not completely tokenized yet. Their other pieces belong to other shares of the work
-    (`WorkShare`)."""
+    """Number of text files that are not completely tokenized yet. Their missing pieces belong to other shares of the
+    work (`WorkShare`)."""
 
 
 def prepare_texts(

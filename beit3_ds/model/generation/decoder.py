@@ -95,9 +95,9 @@ class CaptionDecoder:
         The cached captions do not change. Call `select` next to update them.
 
         Args:
-            order: current indices of the remaining images. The image with current index `order[p]` gets the index p. If
-                a remaining image's current index is below len(order), the image must keep this index. So only images
-                with larger indices move, to the places of dropped images.
+            order: current indices of the remaining images. The image with current index `order[p]` gets the index p.
+                Only images with current indices of at least len(order) may move, to the places of dropped images; all
+                others must keep their index.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):

@@ -93,9 +93,9 @@ class AnnotatedObjects:
     def check_images(self) -> None:
         """Checks that every image exists; lists each folder once and opens no image.
 
-        If no image is found, all paths are shortened to their last two parts, and then to the file name. Objects365
-        needs this: its annotation files contain paths like `images/v1/patch8/NAME.jpg`, but its archives contain
-        `patch8/NAME.jpg`.
+        If no image is found, all paths are shortened to their last two parts. If still none is found, they are
+        shortened to the file name. Objects365 needs this: its annotation files contain paths like
+        `images/v1/patch8/NAME.jpg`, but its archives contain `patch8/NAME.jpg`.
 
         Raises:
             ConfigError: if images are missing; the message contains the number of missing images and the first one.
