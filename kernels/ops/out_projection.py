@@ -365,7 +365,7 @@ OUT_PROJECTION = MeasuredOp(
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """Compares the Triton kernel with plain PyTorch: once with bias, factor and residual, and once with none of them.
 
-    If `dtype` is not float32, repeats both comparisons with the result in float32, the dtype of the residual stream.
+    If `dtype` is not float32, both comparisons run again, the first one with a float32 residual stream.
 
     Raises:
         WrongResultError: if a result is wrong.
