@@ -77,9 +77,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def load_section(cls: type[T], mapping: Any, where: str) -> T:
     """Builds the dataclass `cls`, and the dataclasses nested in it, from a JSON object.
 
-    Numbers must be in the `Range` of their field's annotation. A nested dataclass may name one of its fields in a class
-    variable SHORTHAND. In JSON, a string may then replace the object of the nested dataclass; the string sets this
-    field.
+    Numbers must be in the `Range` of their field's annotation. A nested dataclass may have a class variable SHORTHAND
+    with the name of one of its fields. The JSON value of such a dataclass may be a string instead of an object; the
+    string is the value of the named field.
 
     Args:
         cls: dataclass to build.

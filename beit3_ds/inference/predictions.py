@@ -203,7 +203,7 @@ def write_predictions(predictions: Iterable[Prediction], out: Path | None) -> No
 
 
 def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_shown: int) -> None:
-    """Writes an HTML page with images and texts of at most `max_shown` predictions, taken at even distances from the
+    """Writes an HTML page with images and texts of at most `max_shown` predictions, such as every tenth one of the
     list.
 
     Raises:

@@ -1,7 +1,6 @@
 """Runs the micro-batches of a step through the model, with or without pipeline stages.
 
-The schedule accumulates gradients, not DeepSpeed's engine. The engine's `gradient_accumulation_steps` is therefore
-always 1.
+Gradients are accumulated here and not by DeepSpeed's engine, so the engine's `gradient_accumulation_steps` is always 1.
 """
 
 # T packed rows of this rank, D hidden, K terms.

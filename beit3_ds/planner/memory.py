@@ -174,8 +174,8 @@ def block_activations(rank_model: RankModel, chunk: range, layer: int, workload:
 
 
 def _branch(rank_model: RankModel, experts: Sequence[str], width: int, rows: int, drops: bool) -> int:
-    """Returns the bytes that one branch (attention or FFN) keeps for two kinds of backward pass: of its norms, and of
-    stochastic depth.
+    """Returns the bytes of a part of what one branch (attention or FFN) saves for its backward pass: the tensors for
+    the norms and for stochastic depth.
     """
     model, size, ranks = rank_model.config.model, rank_model.element_size, rank_model.tensor.size
     own = _own_rows(rank_model, rows)

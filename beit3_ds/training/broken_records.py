@@ -80,7 +80,7 @@ class BrokenRecords:
 
 
 class StepCounts:
-    """Sums over all data-parallel ranks how many predictions each loss term will have in a step. Known before the
+    """Computes the number of predictions per loss term in a step, summed over all data-parallel ranks. This needs no
     forward pass.
     """
 

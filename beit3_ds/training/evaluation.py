@@ -125,7 +125,7 @@ def evaluate_split(
 
 def mean_terms(sums: Tensor, counts: Tensor, terms: Sequence[Term], mesh: Mesh) -> dict[str, float]:
     """Returns the mean of each loss term over all ranks, by name. Leaves out a term whose count is 0 on all ranks.
-    Sends 3 x K elements.
+    Broadcasts K sums from the last pipeline stage, and all-reduces K sums and K counts.
 
     Args:
         sums: sum of each term on this data-parallel rank, (K,); only the values of the last pipeline stage are used.

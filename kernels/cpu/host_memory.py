@@ -5,8 +5,8 @@ tensor, glibc needs slightly more free space than a freed tensor of the same siz
 also split the free space between large tensors.
 
 So activations and gradients get their own address range. Activations are allocated from the lower end of this range,
-and are freed in the order of allocation or in reverse order. Weight gradients live until the optimizer's update. Each
-is placed as high as possible, but below the highest address that has been used or reserved so far. At the end of the
+and are freed in the order of allocation or in reverse order. Weight gradients live until the optimizer's update. They
+are placed as high as possible within the part of the range that has been used or reserved so far. At the end of the
 backward pass, weight gradients reuse memory that activations have freed (BENCHMARKS.md). On a GPU, PyTorch's caching
 allocator does this work.
 """

@@ -14,7 +14,8 @@ def once_differentiable(backward: Callable[..., _Gradients]) -> Callable[..., _G
 
     With PyTorch's decorator of this name, an error is raised only when the computed gradients are differentiated. With
     this decorator, an error is raised right away if the caller passes `create_graph=True`. This decorator is also
-    faster, because it does not switch gradient recording off, which takes longer than launching a kernel.
+    faster: PyTorch's decorator switches gradient recording off at every call, and this takes longer than launching a
+    kernel.
     """
 
     @wraps(backward)

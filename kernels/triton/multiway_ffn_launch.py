@@ -204,8 +204,9 @@ def input_gradient(
 def variants(architecture: int) -> list[KernelVariant]:
     """Returns the variants that are compiled ahead of time, for the widths of the base, large and giant models.
 
-    The giant model's FFN kernels are compiled with every candidate for the tile sizes. All other kernels, and the giant
-    model's output projection with a float32 residual stream, are compiled only with the first candidate.
+    The giant model's FFN kernels are compiled with every candidate for the tile sizes. There is one exception: its
+    output projection with a float32 residual stream. This projection and all other kernels are compiled only with the
+    first candidate.
 
     The default tests compile two of these variants, with the first candidate: the giant model's up projection for all
     architectures, and the giant model's output projection for sm_90.

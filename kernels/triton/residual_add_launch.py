@@ -82,8 +82,8 @@ def backward(
         dtype: dtype of the branch and of the results.
 
     Returns:
-        The branch's gradient d_partial_TD, and the gradients of the biases, (E, D). If `factor_T` is None, the branch's
-        gradient equals dy_TD, and the first result is a tensor without rows.
+        The branch's gradient d_partial_TD, and the gradients of the biases, (E, D). If `factor_T` is None, the first
+        result is not computed, and has no rows: the branch's gradient is dy_TD itself.
     """
     width, flags = dy_TD.shape[1], (factor_T is not None,)
     programs, launch = prepare_rows(_BACKWARD, tuple(stops), width, tiling, flags, is_backward=True)

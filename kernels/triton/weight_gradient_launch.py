@@ -132,7 +132,8 @@ def choose_share_rows(lengths: Sequence[int], tiles: int, multiprocessors: int) 
 
     The rows of each expert are divided into shares. A Triton program computes one tile of a weight gradient from the
     rows of one share. The model of time assumes that programs run in waves, one program per multiprocessor. The time of
-    a wave is proportional to the rows of a share. Each program of the launch adds a fixed time for its partial sums.
+    a wave is proportional to the rows of a share. The partial sums take additional time, proportional to the number of
+    programs.
 
     Args:
         lengths: number of rows of each expert.

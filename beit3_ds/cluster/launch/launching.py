@@ -311,8 +311,8 @@ class _Launch:
     def _saved_step(self) -> int | None:
         """Returns the step of the checkpoint that the file `latest` names. The checkpoint itself is not checked.
 
-        Returns None if `latest` cannot be read or names no step. With `LaunchOptions.force`, a new run replaces a
-        finished one. Until the new run has moved the old checkpoints aside, also returns None.
+        Returns None if `latest` cannot be read or names no step. A run with `LaunchOptions.force` replaces a finished
+        run, whose checkpoints do not count: until the new run has moved them aside, returns None.
         """
         if self._outdated is not None and self._outdated == self._checkpoints_inode():
             return None

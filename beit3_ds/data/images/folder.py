@@ -32,7 +32,7 @@ class ImageFolder:
     missing.
 
     Symbolic links to folders are followed, because ImageNet's class folders are often links. Each folder is listed
-    once. Hidden files are not read, and neither are links to files that are outside the folder. `skipped` counts all
+    once. Hidden files are not read. A link to a file is only read if the file is in the folder. `skipped` counts all
     skipped files and folders. Each path takes 8 bytes in addition to its text.
     """
 

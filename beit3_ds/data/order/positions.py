@@ -130,10 +130,10 @@ class StreamPosition:
         return gone_bounds(source_id)
 
     def remaining(self, set_index: int) -> RemainingSamples | None:
-        """Returns the samples that were last shuffled again in a set's current epoch; None if the epoch was not
-        shuffled again.
+        """Returns the samples that remained in a set's epoch when the run last resumed with a change; None if there was
+        no change in this epoch.
 
-        A run that resumes with changed data, sampling weights or seed shuffles the unused samples of the current epoch
+        If data, sampling weights or the seed have changed, a resumed run shuffles the remaining samples of the epoch
         again. If the stream has sampling weights, each source is a set. Without sampling weights, the whole stream is
         one set.
 
