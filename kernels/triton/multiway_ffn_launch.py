@@ -93,7 +93,8 @@ def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[
 def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Callable[..., Tensor]:
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
@@ -115,7 +116,8 @@ def out_projection(
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert. All tensors are contiguous.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         a_TF: input rows.
@@ -153,7 +155,8 @@ def up_projection(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes u_TF = h @ w.T + b with each row's expert, and a_TF = gelu(u_TF) with the exact (erf) GELU.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         h_TD: input rows, contiguous.
@@ -182,7 +185,8 @@ def input_gradient(
 ) -> Callable[..., Tensor]:
     """Computes the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         dy_TD: gradient of the layer's output, contiguous.

@@ -37,7 +37,8 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Applies each expert's LayerNorm to the expert's rows.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         x_TD: rows, contiguous, in float32 or in the parameters' dtype.
@@ -80,7 +81,8 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.

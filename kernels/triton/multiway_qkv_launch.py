@@ -29,7 +29,8 @@ def qkv(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Applies each expert's three linear layers to the expert's rows; returns q_TF, k_TF and v_TF.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
@@ -57,7 +58,8 @@ def qkv_input_gradient(
 ) -> Callable[..., Tensor]:
     """Computes the gradient of the three layers' common input: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         dq_TF: gradient of the queries, contiguous.

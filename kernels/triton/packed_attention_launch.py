@@ -122,7 +122,8 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the attention output and the log-sum-exp of each query.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         q_THK: queries, contiguous. The same applies to keys k_THK and values v_THK.
@@ -164,7 +165,8 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Computes the gradients dq, dk and dv. The kernels use no atomics, so the results are deterministic.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         dy_THK: gradient of y_THK.

@@ -35,7 +35,8 @@ def forward(
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         residual_TD: residual stream, contiguous.
@@ -72,7 +73,8 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function.
 
     Args:
         dy_TD: gradient of y, contiguous.

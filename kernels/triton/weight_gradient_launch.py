@@ -46,8 +46,9 @@ def weight_gradient(
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    The decorator `Prepared` runs the returned function, so a call returns the results themselves. Results are
-    deterministic for given numbers of rows, which determine the order of summation.
+    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
+    `Prepared` calls this function. Results are deterministic for given numbers of rows, which determine the order of
+    summation.
 
     Args:
         gradients: gradient of each layer's output, (T, OUT) each. The layers share their input; at most NUM_LAYERS
