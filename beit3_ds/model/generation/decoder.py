@@ -95,9 +95,9 @@ class CaptionDecoder:
         The cached captions do not change. Call `select` next to update them.
 
         Args:
-            order: current indices of the remaining images. The image with current index `order[p]` gets the index p.
-                Only images with current indices of at least len(order) may move, to the places of dropped images; all
-                others must keep their index.
+            order: current indices of the remaining images, in their new order. If a remaining image i is below
+                len(order), then `order[i]` must be i. The other entries are images with larger indices, which move to
+                the places of dropped images.
         """
         for keys, values in self._images:
             for place, image in enumerate(order):
