@@ -65,8 +65,8 @@ class Schedule:
 
     @property
     def forward_is_local(self) -> bool:
-        """Returns whether the forward pass of a model chunk needs no other rank. This is the case without tensor
-        parallelism and ZeRO-3.
+        """Returns whether the forward pass of a model chunk needs no other rank. This is the case if there is neither
+        tensor parallelism nor ZeRO-3.
         """
         return self.mesh.tensor.size == 1 and self.engine.zero_optimization_stage() < 3
 

@@ -53,10 +53,10 @@ class TiedWordEmbedding:
             self._sum.zero_()
 
     def before_backward(self, *, is_last: bool) -> None:
-        """Before a step's last backward pass on the first stage, receives the gradient of the table's copy on the last
-        stage.
+        """On the first stage, receives a gradient before the step's last backward pass: that of the last stage's copy
+        of the word table.
 
-        Call this method before each backward pass of a step.
+        Call this method before each backward pass of a step. All other calls do nothing.
 
         Args:
             is_last: whether the next backward pass is this stage's last one of the step.

@@ -66,9 +66,9 @@ class StopSignals:
         """Records stop signals inside a `with` block, instead of ending the process.
 
         Entering the block also removes the stop signals from the thread's mask of blocked signals. A second SIGINT
-        raises KeyboardInterrupt. If all ranks have agreed to stop, stop signals are ignored after the block, so that a
-        late signal does not kill the process; the launcher would report a failure. Only the main thread may enter the
-        block.
+        raises KeyboardInterrupt. If all ranks have agreed to stop, stop signals are ignored after the block. A late
+        signal then does not kill the process, which the launcher would report as a failure. Only the main thread may
+        enter the block.
         """
         numbers = handled_signals()
         with reading_signals(self._note):

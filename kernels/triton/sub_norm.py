@@ -173,11 +173,11 @@ def norm_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Computes one block of dx = da * gelu'(x); without GELU, dx is da.
+    """Computes one block of dx, the gradient of a sub-LN's input or, with GELU, of the GELU's input.
 
-    The norm's input is called a. With GELU, a is gelu(x); otherwise, a is x. dn is the gradient of the norm's output.
-    xhat is the standardised row (a - mean) * rstd. With NORM, da = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1
-    / WIDTH). Without NORM, da is dn.
+    The norm's input is called a, and its gradient da. With GELU, a = gelu(x), and dx = da * gelu'(x). Otherwise, a = x,
+    and dx = da. dn is the gradient of the norm's output. xhat is the standardised row (a - mean) * rstd. With NORM, da
+    = rstd * (dn * scale - sums_0 / WIDTH - xhat * sums_1 / WIDTH). Without NORM, da is dn.
 
     For each row, sums_0 is the sum of dn * scale, and sums_1 is the sum of dn * scale * xhat, both over the columns of
     all tensor-parallel ranks. WIDTH is the number of these columns. dx may be stored in the memory of dn, because a

@@ -175,8 +175,8 @@ def _run_once(section: Section, results: ResultsFile, call: int, seconds: float,
 def _own_status(section: Section, results: ResultsFile, call: int) -> str:
     """Returns the status of a section whose process ended without an error.
 
-    A section that lacks a package or a GPU has recorded a status itself in this call of `beit3 certify`. The result is
-    that status, or "done" if there is none.
+    If the section lacked a package or a GPU, it has recorded a status in this call of `beit3 certify`; this status is
+    returned. Otherwise, the status is "done".
 
     Args:
         section: the section.

@@ -29,8 +29,8 @@ class HostTimes(NamedTuple):
     """Seconds per step for the gradient norm: before the project's code was optimized, and now. The GPU is idle during
     this time."""
     zero3_ratio: tuple[float, float]
-    """Factors by which ZeRO-3's hooks increase the time for launching a block's kernels: first of the code before
-    optimization, then of the current code."""
+    """Factors by which ZeRO-3's hooks increase the time for launching a block's kernels: first for the project's code
+    before it was optimized, then for the current code."""
 
 
 class StepTime(NamedTuple):

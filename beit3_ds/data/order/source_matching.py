@@ -81,8 +81,8 @@ def _compare(found: FoundSource, before: SourcePosition) -> str:
 
 
 def same_weights(weights: Sequence[float] | None, before: Sequence[float] | None) -> bool:
-    """Returns whether each source has the same share of the stream under both lists of weights. A stream without
-    weights, None, only equals another stream without weights.
+    """Returns whether each source has the same share of the stream under both lists of weights. None means a stream
+    without weights. Two such streams count as equal; a stream with weights and one without do not.
     """
     if weights is None or before is None:
         return weights is before is None

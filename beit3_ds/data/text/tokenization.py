@@ -1,8 +1,8 @@
 """Encodes paragraphs to token ids, and packs paragraphs into sequences.
 
 EOS separates documents, and a sequence may cross documents, as in RoBERTa (Liu et al., 2019, arXiv:1907.11692, section
-4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. If a sequence ends with a document,
-the separator is also the sequence's EOS.
+4.2, FULL-SENTENCES). The separator is the last id of a document's last paragraph. If a document and a sequence end at
+the same token, the separator is also the sequence's EOS.
 """
 
 from collections.abc import Iterable, Iterator

@@ -126,8 +126,8 @@ class OutputMaps(nn.Module):
             c1_BDHW: finest map of the spatial prior.
             c_BLD: pyramid rows after the last extractor.
             trunk: patches after each of the n interactions, (B, N, D) each. If `adds_trunk_features` is True, patches
-                are resized and added to each map. Maps p are counted from 1 (finest) to 4 (coarsest), and interactions
-                are counted from 1 to n. Map p gets the patches after interaction max(1, floor(n * p / 4)).
+                are resized and added to each map. The map with number p, from 1 (finest) to 4 (coarsest), gets the
+                patches after interaction max(1, floor(n * p / 4)). Interactions are counted from 1.
             geometry: sizes of the maps.
         """
         lengths = [rows * columns for rows, columns in geometry.pyramid]

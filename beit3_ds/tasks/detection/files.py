@@ -58,10 +58,10 @@ class AnnotatedObjects:
 
     Training clips boxes to their image. It leaves out crowds, and objects whose clipped box has no area. If masks are
     read, training also leaves out objects without a mask. Images with too many pixels are treated as broken. `skipped`
-    has the numbers, by reason, of objects that are left out, of boxes that exceed their image by more than 1 pixel, and
-    of images with too many pixels. An evaluation uses all annotations unchanged (`ground_truth`). All data are torch
-    tensors, because data workers share tensors without copying. Each object takes about 45 bytes, plus 8 bytes per
-    corner of a polygon.
+    contains three kinds of counts: objects that are left out, by reason; boxes that exceed their image by more than 1
+    pixel; images with too many pixels. An evaluation uses all annotations unchanged (`ground_truth`). All data are
+    torch tensors, because data workers share tensors without copying. Each object takes about 45 bytes, plus 8 bytes
+    per corner of a polygon.
     """
 
     def __init__(self, path: str, folder: str, collected: "_Collected") -> None:

@@ -16,8 +16,8 @@ NO_OBJECT_WEIGHT = 0.1
 """Weight of unmatched queries in the class term, as in Mask2Former. A query that is matched with a target mask has
 weight 1."""
 MATCHED_QUERY_UNITS = 10
-"""Weight of a matched query in the sum `TermCounts.classes`. An unmatched query has weight 1. The ratio of the two is
-`NO_OBJECT_WEIGHT`, and both are integers."""
+"""Weight of a matched query in the sum `TermCounts.classes`. An unmatched query has weight 1, so its relative weight is
+`NO_OBJECT_WEIGHT` (0.1), and all weights are integers."""
 
 
 class TermCounts(NamedTuple):

@@ -107,7 +107,7 @@ class VqaQuestions(CollectedAnnotations):
         """Returns the answers that people gave to a question.
 
         Raises:
-            ConfigError: if this question has no answers, or any other question of the collection has none.
+            ConfigError: if one of the collection's questions has no answers, even if it is another question.
         """
         self.check_has_answers()
         answers: list[str] = json.loads(self._answers[index])
