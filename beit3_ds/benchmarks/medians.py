@@ -9,7 +9,8 @@ def median_with_interval(values: Sequence[float]) -> dict[str, float]:
     """Returns the median of some values ("median"), and a 95% confidence interval of the median ("low", "high").
 
     The interval extends from the k-th smallest to the k-th largest value. k is the largest number that gives at least
-    95% confidence. With fewer than six values, the interval extends from the smallest to the largest value.
+    95% confidence. Fewer than six values cannot give 95% confidence; the interval then extends from the smallest to the
+    largest value.
     """
     ordered, n = sorted(values), len(values)
     # The k-th smallest of n values exceeds the true median with the probability of fewer than k heads in n coin tosses.

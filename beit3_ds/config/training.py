@@ -114,8 +114,8 @@ class TrainingConfig:
 
     best_metric: str | None = None
     """Metric that selects the best checkpoint: the task's main metric, such as `accuracy`, or the name of a loss term.
-    When an evaluation improves the metric, the run saves a checkpoint. This checkpoint is kept in addition to
-    `keep_checkpoints` others. None saves no best checkpoint."""
+    When an evaluation improves the metric, the run saves a checkpoint. The latest of these checkpoints is kept even if
+    `keep_checkpoints` newer ones exist. None saves no best checkpoint."""
     early_stop_evaluations: Positive | None = None
     """Number of consecutive evaluations without an improvement of `best_metric` after which the run ends. None disables
     early stopping."""

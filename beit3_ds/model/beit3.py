@@ -93,8 +93,8 @@ class BEiT3(nn.Module):
         """Loads exported or imported weights as a model on one device, in evaluation mode.
 
         Parameters are filled one by one, so peak memory is close to one copy of the model. A task's head in the file is
-        ignored unless the class has this head. A head or final norm that the file lacks gets initial values, and a
-        warning lists its parameters.
+        only loaded if the model class has this head. If the file lacks the head or the final norm, it gets initial
+        values, and a warning lists its parameters.
 
         The arguments after `device` replace stored settings; None keeps the stored setting (`model.adaptation`).
 

@@ -188,8 +188,8 @@ class ModelParallelUnit:
 
     DeepSpeed sums gradient norms over the "model parallel" group. The group therefore contains all ranks of one copy of
     the model, including all pipeline stages. DeepSpeed counts parameters marked `tensor_model_parallel` on all ranks of
-    the group, and other parameters only where the "model parallel rank" is 0. The "model parallel" rank and size are
-    therefore the tensor-parallel rank and size.
+    the group, and other parameters only where the "model parallel rank" is 0. For this purpose, the "model parallel"
+    rank must be the tensor-parallel rank. The "model parallel" size is the tensor-parallel size.
     """
 
     def __init__(self, mesh: Mesh) -> None:

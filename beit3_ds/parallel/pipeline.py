@@ -18,10 +18,11 @@ is True if the receiving stage has a higher number than the sending stage."""
 class PipelineParallel:
     """Describes this rank's pipeline stage and the process groups between stages. A single stage sends nothing.
 
-    The stages form a ring. Activations go to the next stage, and with several model chunks per stage also from the last
-    stage to the first. Gradients go in the opposite direction. With several stages, these messages use four process
-    groups. Activations and gradients use different groups. Messages to a higher stage number and messages to a lower
-    stage number also use different groups. Two neighbours can therefore send to each other at the same time.
+    The stages form a ring. Activations go from each stage to the next one. With several model chunks per stage, they
+    also go from the last stage to the first. Gradients go in the opposite direction. With several stages, these
+    messages use four process groups. Activations and gradients use different groups. Messages to a higher stage number
+    and messages to a lower stage number also use different groups. Two neighbours can therefore send to each other at
+    the same time.
     """
 
     ranks: tuple[int, ...] = (0,)

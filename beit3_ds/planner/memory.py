@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     activations: int
     """Bytes of the tensors that autograd saves for the backward passes of all micro-batches in flight."""
     recomputed: int
-    """Bytes of the additional tensors while one block is recomputed."""
+    """Bytes of the tensors that exist only while one block is recomputed."""
 
     @property
     def total(self) -> int:

@@ -58,9 +58,9 @@ class Launch:
 def read_launch(environment: Mapping[str, str]) -> Launch:
     """Reads how this rank was launched, from the variables of torch, MPI or Slurm, in this order of precedence.
 
-    MPI precedes Slurm, because mpirun starts its daemons with srun. Variables of PMI are used only if those of Hydra
-    exist too. Variables of Slurm are used only if srun started several tasks. Without any usable variables, this
-    process is the only rank. MASTER_ADDR and MASTER_PORT override the values of MPI and Slurm.
+    MPI precedes Slurm, because mpirun starts its daemons with srun. Among the variables of MPI, those of PMI are used
+    only if those of Hydra exist too. Variables of Slurm are used only if srun started several tasks. Without any usable
+    variables, this process is the only rank. MASTER_ADDR and MASTER_PORT override the values of MPI and Slurm.
 
     Raises:
         ConfigError: if variables are missing, are not numbers, or contradict each other.

@@ -392,7 +392,7 @@ def find_differences(ranks: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _read(store: KeyedStore, key: str) -> str | None:
-    """Returns the value of a key; None if the key does not exist or the digest is wrong."""
+    """Returns the value of a key; None if the key does not exist or the value's digest is wrong."""
     try:
         return store.get(key).decode() if store.check([key]) else None
     except ForgedValueError:

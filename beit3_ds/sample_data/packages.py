@@ -205,7 +205,7 @@ _LEFT_OUT = re.compile(
 
 
 def read_clipart(folder: Path, scratch: Path) -> Iterator[Candidate]:
-    """Yields the PNG images in the public domain from the categories in `CATEGORIES`; leaves out unsuitable images.
+    """Yields PNG images of the categories in `CATEGORIES` that are in the public domain; leaves out unsuitable images.
 
     The licence of an image is read from the SVG file of the same name. Images without such a file are left out.
 

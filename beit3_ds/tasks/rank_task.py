@@ -141,8 +141,8 @@ class RankTask:
         """Opens the samples of the splits in `share`; opens none on a rank that does not read samples.
 
         If the task has a validation loss (`Task.has_validation_loss`), at most `TrainingConfig.loss_samples` validation
-        samples per kind are opened, and stay in memory. Otherwise, all samples of the splits are opened, for
-        `evaluate`. The main rank prints a warning for each pair of splits with common images.
+        samples per kind are opened, and stay in memory. Otherwise, all samples of splits other than "train" are opened,
+        for `evaluate`. The main rank prints a warning for each pair of splits with common images.
 
         Args:
             task: the task.

@@ -107,8 +107,8 @@ class Task(ABC):
     (`PackedBatch.causal_captions`)."""
     formats: ClassVar[Mapping[str, Sequence[str]]] = {"images": IMAGE_FORMATS, "pairs": IMAGE_FORMATS, "texts": ()}
     """Formats that the task accepts for sources of each kind: "images", "pairs" and "texts". A kind that is not a key
-    accepts no sources. A source of images or pairs may omit its format if one of `IMAGE_FORMATS` is accepted. If the
-    list of texts is empty, sources of texts must omit the format."""
+    accepts no sources. If the task accepts any of `IMAGE_FORMATS` for images or for pairs, a source of this kind may
+    omit its format. If the list for "texts" is empty, sources of texts must omit the format."""
     headline: ClassVar[Headline | None] = None
     """Metric for comparing checkpoints, one of the metrics that `RankTask.evaluate` returns; None for a task without
     metrics."""

@@ -86,7 +86,7 @@ def evaluate(
 
 
 def _sum_coupled_terms(step_loss: StepLoss, features: Sequence[Sequence[StepFeatures]], mesh: Mesh) -> Tensor:
-    """Returns the sums of each term per source on the first data-parallel rank, and zeros on the other ranks.
+    """On the first data-parallel rank, returns the sum of each term for each source. On the other ranks, returns zeros.
 
     Each sum is over the features of all data-parallel ranks. All data-parallel ranks of the last stage must call this
     function, because it gathers the features.

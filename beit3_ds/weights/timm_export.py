@@ -31,7 +31,8 @@ _BATCH_DIMS = {"cls_token": 2, "pos_embed": 1}
 def plan_timm_export(reader: WeightReader) -> list[PlannedTensor]:
     """Plans all tensors of timm's model without a classifier.
 
-    timm calls the final norm `fc_norm`, and applies it to the mean of the patches, after `forward_features`.
+    In timm's model, the final norm has the name `fc_norm`. `forward_features` does not apply it; it is applied later,
+    to the mean of the patches.
 
     Raises:
         ConfigError: if the model has no vision tower or no final norm, or its norms have another epsilon than timm's.

@@ -144,8 +144,8 @@ class MeasuredOp:
             implementations: functions that implement the operator, by name. They have the same arguments, and the first
                 argument is a tensor. A `Prepared` implementation is prepared again only for new dtypes, sizes or flags.
             on_cpu: function for tensors on a CPU. With None, tensors on a CPU also use one of `implementations`.
-            accepts: functions that return whether an implementation supports given arguments, by the implementation's
-                name. Such a function may also check, at the first use, that the implementation computes correct
+            accepts: maps names of implementations to functions that return whether the implementation supports given
+                arguments. Such a function may also check, at the first use, that the implementation computes correct
                 results. An implementation without such a function supports all arguments.
             mutates: indices of arguments that an implementation overwrites. Measurements use copies of these arguments.
             ignores: indices of arguments that do not affect the speed.

@@ -234,7 +234,7 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _standardize(x_TF: Tensor, gelu: bool, mean_T: Tensor, rstd_T: Tensor) -> Tensor:
-    """Returns (GELU(x) - mean) * rstd as a new tensor."""
+    """Returns (GELU(x) - mean) * rstd, or (x - mean) * rstd if `gelu` is false, as a new tensor."""
     a_TF = _widen(F.gelu(x_TF) if gelu else x_TF)
     return (a_TF - mean_T.unsqueeze(1)).mul_(rstd_T.unsqueeze(1))
 

@@ -72,7 +72,7 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Adds the partial sums of the Triton programs that computed an expert's rows.
+    """Adds up, for each expert, the partial sums of the Triton programs that computed the expert's rows.
 
     Reads float32 partial sums (S, P, D): S sums of width D from each of P programs. Writes the sums per expert, (S, E,
     D) for E experts, in the output's dtype. One program of this kernel computes BLOCK columns of one sum for one

@@ -101,8 +101,8 @@ def candidate_tilings(architecture: int, head_size: int, dtype: torch.dtype) -> 
 def column_blocks(head_size: int) -> tuple[int, int]:
     """Splits the columns of a head into two blocks, and returns their widths A and B: (64, 32) for 88 columns.
 
-    Each width is a power of two and at least 16. Together, the blocks cover the head. If two blocks together would not
-    be narrower than a single block, the head gets a single block, and B is 0.
+    Each width is a power of two and at least 16. Together, the blocks cover the head. If a single block that covers the
+    head is not wider than two blocks together, there is only a single block, and B is 0.
     """
     whole = max(16, next_power_of_2(head_size))
     block_a = whole // 2

@@ -32,8 +32,8 @@ class Timing(NamedTuple):
         return statistics.median(self.milliseconds)
 
     def describe(self) -> dict[str, float]:
-        """Returns the median, minimum and maximum device time of a call and the host's time (`host_milliseconds`), by
-        name.
+        """Returns four times by name: a call's median, minimum and maximum device time, and the host's time
+        (`host_milliseconds`).
 
         All times are in milliseconds.
         """

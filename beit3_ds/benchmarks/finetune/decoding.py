@@ -108,7 +108,7 @@ def _next_logits(
 
 
 def _reorder(state: dict[int, dict[str, Tensor]], rows: Tensor) -> None:
-    """Selects the cache entries of the beams `rows`, and removes the mask token from each entry."""
+    """Selects the beams whose indices are in `rows` from the cache, and removes the mask token of each beam."""
     for layer in state.values():
         for key, cached in layer.items():
             layer[key] = cached.index_select(0, rows)[:, :, :-1]

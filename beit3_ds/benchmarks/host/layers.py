@@ -61,7 +61,7 @@ def layer_models() -> dict[str, ModelConfig]:
 def time_layer(config: ModelConfig, rounds: int) -> LayerTimes:
     """Returns this thread's CPU time for launching the kernels of one bf16 layer.
 
-    Stochastic depth multiplies the outputs of attention and FFN with factors, but no sample is dropped.
+    The layer multiplies the outputs of attention and FFN with factors, as in stochastic depth, but drops no sample.
 
     Args:
         config: model whose blocks all have the same experts.

@@ -180,7 +180,7 @@ class ReferenceTrainer:
 
 
 def unpack_streams(batch: PackedBatch, caption_length: int | None, text_length: int | None) -> list[PaddedStream]:
-    """Returns a batch's images, pairs and texts as padded streams, like a data loader of the reference.
+    """Returns a batch's images, pairs and texts in the form that the reference's data loaders give: padded streams.
 
     Args:
         batch: batch with pixels and visual codes.

@@ -56,8 +56,8 @@ def read_karpathy(path: str, folder: str, split: str) -> CaptionedImages:
 
     Args:
         path: JSON file whose list `images` has one object per image. The object has the keys `filename`, `split` and
-            `sentences`, a list of objects with a caption under `raw`. COCO's objects also have `filepath` and `cocoid`;
-            those of Flickr30K have `imgid`.
+            `sentences`. The value of `sentences` is a list of objects with a caption under `raw`. COCO's objects also
+            have `filepath` and `cocoid`; those of Flickr30K have `imgid`.
         folder: folder of the images; for COCO the parent folder of `train2014` and `val2014`.
         split: `train`, `val`, `test` or `restval`. COCO's `restval` contains the images of `val2014` that are in
             neither `val` nor `test`. `train` includes `restval`, as in all published results.

@@ -43,7 +43,7 @@ def assign_sources(
 
 
 def positions_per_source(weights: Sequence[float], positions: int) -> list[int]:
-    """Returns, for each source, the number of positions that `assign_sources` gives it among the first `positions`."""
+    """Returns how many of the stream's first `positions` positions `assign_sources` assigns to each source."""
     parts, left, taken = mixture_shares(weights), positions, []
     for source, part in enumerate(parts):
         taken.append(left * part // sum(parts[source:]))

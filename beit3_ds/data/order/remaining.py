@@ -91,10 +91,11 @@ class Joined:
         return numbers
 
     def add_to(self, nodes: list[Any]) -> int:
-        """Calls `add_to(nodes)` of each joined set, and then appends the JSON description of this set to `nodes`.
+        """Calls `add_to(nodes)` of each joined set, and then appends the JSON description of the joined result to
+        `nodes`.
 
         Returns:
-            Index in `nodes` of this set's description, which is the last element.
+            Index in `nodes` of the last description.
         """
         nodes.append(["joined", [part.add_to(nodes) for part in self._parts]])
         return len(nodes) - 1

@@ -13,8 +13,8 @@ from beit3_ds.data.order.remaining import Joined, Range, RemainingSamples, Rest,
 from beit3_ds.data.order.source_matching import FoundSource, SourceMatch, describe_changes, match_sources, same_weights
 
 _MAX_CHANGES = 100
-"""Maximum number of times per epoch that a run may resume with changed data. After more changes, the epoch ends,
-because every change makes it slower to look up a sample."""
+"""Maximum number of times per epoch that a run may resume with changed data and still continue the epoch. At the next
+change, a new epoch starts, because every change makes looking up a sample slower."""
 
 
 class Continued(NamedTuple):

@@ -102,7 +102,8 @@ def prepare_in_any_order(
 ) -> Iterator[ItemT]:
     """Prepares items in worker processes; yields each item as soon as it is finished.
 
-    The time limit is `preparation.limits.seconds`. It starts anew whenever the worker uses CPU time.
+    A worker must finish an item within the time limit `preparation.limits.seconds`. The limit starts anew whenever the
+    worker uses CPU time.
 
     Args:
         preparation: the work to do, and time limits for the workers.

@@ -26,7 +26,8 @@ class ClassScore(NamedTuple):
     objects: int
     """Number of annotated objects of the category, without crowds."""
     values: Mapping[str, float | None]
-    """Metrics with the names of `AveragePrecision.values`; None if the split has no object for a metric."""
+    """Metrics of the class, by the names in `AveragePrecision.values`. A metric is None if the split has no object that
+    counts for it."""
 
 
 class AveragePrecision(NamedTuple):

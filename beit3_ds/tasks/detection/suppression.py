@@ -43,8 +43,8 @@ class Suppression:
         """Returns the kept boxes; of boxes with equal scores, the box with the smaller index comes first.
 
         Each iteration keeps the box with the best remaining score of all classes, and then applies `method` to the
-        other boxes of the same class. Classes do not influence each other. The result is therefore the same as if each
-        class were suppressed separately, and the best `max_boxes` boxes of all classes were kept.
+        other boxes of the same class. Classes do not influence each other. Suppressing the boxes of each class
+        separately, and then keeping the best `max_boxes` boxes in total, would give the same result.
 
         Args:
             boxes_N4: left, top, right and bottom of each box, (N, 4).

@@ -98,9 +98,8 @@ class Segmentation(Task):
         """Loads the settings, and checks the model and the layout of ranks.
 
         Raises:
-            ConfigError: if there are several pipeline stages, `model.dense` is missing, `model.final_norm` or
-                `model.image_size` does not suit the head, the adapter does not fit the model, or transformers or scipy
-                is not installed.
+            ConfigError: if there are several pipeline stages; if `model.dense` is missing; if `model.final_norm`,
+                `model.image_size` or the adapter does not fit; or if transformers or scipy is not installed.
         """
         super().__init__(config)
         _check_layout(config)
