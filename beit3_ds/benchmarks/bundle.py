@@ -168,8 +168,8 @@ def _size(path: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Creates a folder with everything that tests on a GPU machine need if that machine has no network access. Returns
-    the exit status: 0 on success; 2 with a printed message after a mistake of the user.
+    """Creates a folder with all files for running `beit3 certify` on a GPU machine that has no network access. Returns
+    the exit status: 0 on success, and 2 after a mistake of the user, which is printed.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")

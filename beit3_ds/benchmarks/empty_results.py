@@ -1,7 +1,7 @@
 """Replaces expensive operations of PyTorch with operations that compute nothing, while a CPU emulates a GPU.
 
-Dry runs and measurements of the host's time need only the shapes and dtypes of results. On a CPU, the matrix products
-of a dry run's PyTorch baselines would take minutes, above all in float16.
+Dry runs and measurements of the host's time need only the shapes and dtypes of results. A dry run also runs the
+baselines in PyTorch. On a CPU, their matrix products would take minutes, above all in float16.
 """
 
 from collections.abc import Callable, Iterator

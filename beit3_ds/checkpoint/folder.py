@@ -350,7 +350,8 @@ def open_checkpoint(path: Path, kind: str | None = "weights", *, averages: bool 
 
 
 def best_checkpoint_path(path: Path) -> Path:
-    """Returns the path of a run's best checkpoint (`training.best_metric`), which the newest checkpoint records.
+    """Returns the path of a run's best checkpoint (`training.best_metric`). The newest checkpoint records which one is
+    the best.
 
     Args:
         path: a folder of checkpoints, or `training.output_dir` of a run.

@@ -37,7 +37,8 @@ class CheckpointStore:
             keep: number of complete checkpoints to keep.
             mesh: the mesh of ranks.
             run: description of this run, stored in every checkpoint.
-            timeout_seconds: maximum seconds for the communication during a save, and for training to wait for a save.
+            timeout_seconds: maximum seconds that ranks wait for each other during a save, and that training waits for a
+                save.
         """
         self.root, self._mesh, self._run = root, mesh, run
         self._host = build_host_group(timedelta(seconds=timeout_seconds))  # separate from the group of the main threads

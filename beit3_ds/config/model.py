@@ -100,7 +100,7 @@ class ModelConfig:
     need are built. `["images"]` gives a vision encoder, `["texts"]` a language encoder, `["pairs"]` a fusion encoder,
     and `["images", "texts"]` a dual encoder (paper, figure 3)."""
     dense: DenseConfig | None = None
-    """Configures a backbone for detection and segmentation, which accepts images of any size (docs/dense.md). Requires
+    """Settings of a backbone that accepts images of any size, for detection and segmentation (docs/dense.md). Requires
     `inputs` = ["images"]. None builds the model for pretraining and all other tasks."""
     cross_entropy_chunk_size: Annotated[int, Range(2, 2**24)] = 128
     """Maximum number of text positions whose MLM logits are in memory at the same time. Each position has

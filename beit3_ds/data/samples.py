@@ -116,7 +116,7 @@ class ImageSourceSamples(ImagesOfSource):
     """Transform that makes two views of an image: one for the model and one for the visual tokenizer."""
 
     def read(self, index: int) -> Image.Image:
-        """Reads the image of sample `index` at a size that suffices for the two views of `views`.
+        """Reads the image of sample `index` at a size that suffices for the views that the transform `views` makes.
 
         Raises:
             BrokenRecordError: if the image cannot be read.

@@ -30,7 +30,7 @@ class StepDataset(Dataset[StepBatch]):
 
     Attributes:
         order: order of the run's samples. A resumed run must call `order.resume` before it reads a step.
-        prefetch: number of workers, and number of steps that the workers prepare in advance.
+        prefetch: plan with the number of workers and the number of steps that they prepare in advance.
     """
 
     def __init__(

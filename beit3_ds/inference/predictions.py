@@ -203,8 +203,8 @@ def write_predictions(predictions: Iterable[Prediction], out: Path | None) -> No
 
 
 def write_page(predictions: Sequence[Prediction], page: Path, title: str, max_shown: int) -> None:
-    """Writes an HTML page with images and texts of at most `max_shown` predictions, such as every tenth one of the
-    list.
+    """Writes an HTML page with images and texts of at most `max_shown` predictions. From a longer list, every n-th one
+    is shown.
 
     Raises:
         OSError: if the page cannot be written.

@@ -81,8 +81,8 @@ def group_parameters(parameters: Mapping[str, T], config: RunConfig) -> dict[Par
     """Groups the parameters that have equal optimizer settings. No group is empty.
 
     Args:
-        parameters: maps the logical name of each parameter to the parameter, or to another value. These values are
-            grouped.
+        parameters: maps the logical name of each parameter to the value that is grouped: the parameter, or any other
+            value.
         config: the run's configuration.
 
     Returns:

@@ -36,9 +36,9 @@ ItemT = TypeVar("ItemT", bound=Shareable)
 class BroadcastBatches(Generic[ItemT]):
     """Yields items on all ranks of a model copy, although only some ranks read data (`Mesh.is_reader`).
 
-    Tensor-parallel rank 0 of the first stage and of the last stage read the same samples, and compare digests of the
-    samples. The first stage sends its items, without pixels and targets, to the stages in between. Tensor-parallel rank
-    0 of each stage sends the stage's items to the other tensor-parallel ranks.
+    Two ranks read the same samples, and compare digests of the samples: tensor-parallel rank 0 of the first stage, and
+    that of the last stage. The first stage sends its items, without pixels and targets, to the stages in between.
+    Tensor-parallel rank 0 of each stage sends the stage's items to the other tensor-parallel ranks.
 
     All ranks must request the same number of items. An error in reading data on one rank is raised on all ranks of the
     model copy.

@@ -14,11 +14,11 @@ BANDWIDTH = 3.35e12
 """Assumed memory bandwidth in bytes per second, from the data sheet of the H100 SXM."""
 
 _FORWARD_PASSES = 3
-"""In the forward pass of an attention or FFN, the number of times that the whole residual stream is read or written.
-The norm reads the stream. The residual addition at the end reads and writes the stream."""
+"""Number of times that the forward pass of an attention or FFN reads or writes the whole residual stream. The norm
+reads the stream. The residual addition at the end reads and writes the stream."""
 _BACKWARD_PASSES = 4
-"""In the backward pass of an attention or FFN, the number of times that the whole residual stream or its gradient is
-read or written. The norm's backward reads the stream and the gradient, and writes the gradient. The residual addition's
+"""Number of times that the backward pass of an attention or FFN reads or writes the whole residual stream or its
+gradient. The norm's backward reads the stream and the gradient, and writes the gradient. The residual addition's
 backward reads the gradient."""
 
 

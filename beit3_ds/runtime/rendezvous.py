@@ -67,8 +67,8 @@ class Rendezvous:
             end: function that ends this process at once, even if the main thread is blocked in a call.
             contended_at: function that returns the monotonic time in seconds at which another command was last seen
                 waiting for the lock on the output folder; -inf if never. Only rank 0 calls the function. The other
-                command uses the same secret and port, so its ranks may connect to this rank 0. If another command was
-                seen, rank 0 waits until it has not been seen for `_CONTENDER_SECONDS`, and collects the ranks again.
+                command uses the same secret and port, so its ranks may connect to this rank 0. If the other command was
+                seen, rank 0 waits until it was last seen `_CONTENDER_SECONDS` ago, and then collects the ranks again.
         """
         self._launch, self._seconds, self._end, self._contended_at = launch, seconds, end, contended_at
         self._host = socket.gethostname()

@@ -25,9 +25,10 @@ class StopDeadline:
     """Ends this process, from a separate thread, if the process does not end within a time limit after a stop signal.
 
     Before the first step and after the last step, the limit is `STOP_SECONDS`. During training, a rank may finish its
-    step and save a checkpoint, so no limit applies to the rank's own work. Only waits for other ranks are limited, to
-    the longer of two times: `STOP_SECONDS`, and twice the time of the longest phase that this rank has had. A phase is
-    a part of a step, such as a micro-batch's forward pass. A second SIGINT ends the process within about one second.
+    step and save a checkpoint, so no limit applies to the rank's own work. The limit then applies to each wait for
+    other ranks. It is the longer of two times: `STOP_SECONDS`, and twice the time of the longest phase that this rank
+    has had. A phase is a part of a step, such as a micro-batch's forward pass. A second SIGINT ends the process within
+    about one second.
     """
 
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:

@@ -71,8 +71,8 @@ def _train_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draws two plots over the steps: the total losses of both runs, and below, the absolute difference between the
-    runs of every loss.
+    """Draws two plots over the steps. The upper plot shows the total loss of each run. The lower plot shows, for every
+    loss, the absolute difference between the runs.
 
     Args:
         comparison: losses of the two runs.

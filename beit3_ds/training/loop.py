@@ -90,9 +90,9 @@ def train(run: Run, steps: Iterable[StepBatch], signals: StopSignals) -> bool:
     """Trains from `run.first_step` to the end, with progress reports, evaluations and checkpoints.
 
     When a rank receives a stop signal, all ranks finish the current step, save a checkpoint and return. This takes at
-    most the time of one step and two saves, because the new save first waits until a running save has ended. A rank
-    that waits for the data of the next step stops waiting. An evaluation stops between two batches, and the next start
-    repeats it. If the signal arrives before the first step, all ranks return at once.
+    most the time of one step and two saves: if an earlier save is still running, the last save waits for its end. A
+    rank that waits for the data of the next step stops waiting. An evaluation stops between two batches, and the next
+    start repeats it. If the signal arrives before the first step, all ranks return at once.
 
     Args:
         run: parts of the run.

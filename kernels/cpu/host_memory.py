@@ -1,8 +1,8 @@
 """Reuses memory for the tensors that every training step on a CPU allocates and frees.
 
-Every step needs the same gigabytes of activations and gradients. glibc's memory would fragment: to allocate an aligned
-tensor, glibc needs slightly more free space than a freed tensor of the same size leaves. Small tensors that live long
-also split the free space between large tensors.
+Every step needs the same gigabytes of activations and gradients. glibc's memory fragments: the space of a freed tensor
+is slightly too small for another aligned tensor of the same size. Small tensors that live long also split the free
+space between large tensors.
 
 So activations and gradients get their own address range. Activations are allocated from the lower end of this range,
 and are freed in the order of allocation or in reverse order. Weight gradients live until the optimizer's update. They

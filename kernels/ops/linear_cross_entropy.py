@@ -61,8 +61,8 @@ def linear_cross_entropy(
     """Computes each row's cross entropy with its target, or each row's divergence from smoothed labels.
 
     Without a chunk size, the logits of all M rows over all V vocabulary entries are saved. With a chunk size, at most
-    `chunk_size` x V logits exist at once. This number of logits is saved for the backward pass, which recomputes all
-    others. On a GPU, gradients overwrite the saved logits, so a graph supports only one backward pass.
+    `chunk_size` x V logits are saved for the backward pass, which recomputes all others. On a GPU, gradients overwrite
+    the saved logits, so a graph supports only one backward pass.
 
     On a CPU, logits are float32, or float64 if h is float64. On a GPU, logits have h's dtype.
 

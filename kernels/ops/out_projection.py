@@ -2,8 +2,8 @@
 
 The FFN uses the op with GELU, and attention uses the op without GELU. The op saves its input. If it runs on a GPU, or
 if ranks divide the columns of a row, it also saves the sub-LN's statistics. The backward pass recomputes other
-activations. On a CPU, GELU and norm process chunks of rows that fit into the cache. On a GPU, one pass computes both
-(`activation_norm`), and `triton/multiway_ffn.py` adds bias and residual while the product is in registers.
+activations. On a CPU, GELU and norm process chunks of rows that fit into the cache. On a GPU, one pass computes GELU
+and norm (`activation_norm`), and `triton/multiway_ffn.py` adds bias and residual while the product is in registers.
 """
 
 # T packed rows, R rows of a row block, F input width (of this rank), D output width.

@@ -93,14 +93,14 @@ def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[
 def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Callable[..., Tensor]:
     """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
         slices: row range [start, stop) of each expert.
         weights: one matrix (F, D) per expert, for output width F and input width D.
         biases: one vector (F,) per expert; empty for no biases.
+
+    Returns:
+        Function that computes y_TF. The decorator `Prepared` calls this function, so callers get the result.
     """
     return out_projection.prepare(x_TD, slices, weights, biases, None, None)
 
@@ -116,9 +116,6 @@ def out_projection(
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert. All tensors are contiguous.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         a_TF: input rows.
         slices: row range [start, stop) of each expert.
@@ -127,6 +124,9 @@ def out_projection(
         residual_TD: residual stream to add, or None. The output has the dtype of the stream, or that of `a_TF` if the
             stream is None.
         factor_T: drop-path factor of each row in any floating dtype; None means 1.
+
+    Returns:
+        Function that computes y_TD. The decorator `Prepared` calls this function, so callers get the result.
     """
     (out_width, in_width), flags = weights[0].shape, (bool(biases), residual_TD is not None, factor_T is not None)
     launch = _prepare_rows(_PROJECTION, a_TF, slices, out_width, (out_width, in_width, *flags))
@@ -155,9 +155,6 @@ def up_projection(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes u_TF = h @ w.T + b with each row's expert, and a_TF = gelu(u_TF) with the exact (erf) GELU.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         h_TD: input rows, contiguous.
         slices: row range [start, stop) of each expert.
@@ -165,7 +162,7 @@ def up_projection(
         biases: one vector (F,) per expert; empty for no biases.
 
     Returns:
-        u_TF and a_TF.
+        Function that computes u_TF and a_TF. The decorator `Prepared` calls this function, so callers get the results.
     """
     (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
     launch = _prepare_rows(_UP_PROJECTION, h_TD, slices, out_width, (out_width, width, bool(biases)))
@@ -185,14 +182,14 @@ def input_gradient(
 ) -> Callable[..., Tensor]:
     """Computes the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         dy_TD: gradient of the layer's output, contiguous.
         factor_T: factor of each row; None means 1.
         slices: row range [start, stop) of each expert.
         weights: one matrix (D, F) per expert, for output width D and input width F.
+
+    Returns:
+        Function that computes dx_TF. The decorator `Prepared` calls this function, so callers get the result.
     """
     num_rows, (out_width, in_width) = len(dy_TD), weights[0].shape
     launch = _prepare_rows(_INPUT_GRADIENT, dy_TD, slices, in_width, (in_width, out_width, factor_T is not None))
@@ -279,8 +276,8 @@ def build_tile_variant(
         name: name of the product and dtype, at the start of the variant's name.
         kernel: function decorated with `triton.jit`.
         element: element type of all pointers that are not in `float32`: "bf16", "fp16" or "fp32".
-        constants: constexpr arguments besides the tile sizes, with the two widths of the weight ("N" and "K", or "OUT"
-            and "IN").
+        constants: constexpr arguments except the tile sizes. They include the two widths of the weight ("N" and "K", or
+            "OUT" and "IN").
         tiles: tile sizes.
         is_common: see `KernelVariant`.
         float32: names of pointers with float32 elements.

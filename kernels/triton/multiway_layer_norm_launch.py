@@ -37,9 +37,6 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Applies each expert's LayerNorm to the expert's rows.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         x_TD: rows, contiguous, in float32 or in the parameters' dtype.
         stops: stop row of each expert; expert 0 starts at row 0.
@@ -50,7 +47,8 @@ def forward(
         gelu: whether to normalise GELU(x) instead of x.
 
     Returns:
-        h_TD, and the statistics, (2, T) float32: the mean of each row, then 1 / standard deviation of each row.
+        Function that computes h_TD and the statistics. The decorator `Prepared` calls this function, so callers get the
+        results. The statistics are (2, T) float32: the mean of each row, then 1 / standard deviation of each row.
     """
     num_rows, dtype = len(x_TD), weights[0].dtype
     programs, launch = prepare_rows(_FORWARD, tuple(stops), x_TD.shape[1], tiling, (epsilon, gelu))
@@ -81,9 +79,6 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.
         d_residual_TD: gradient of the residual stream, contiguous; the kernel adds this gradient to dx. None if there
@@ -93,7 +88,8 @@ def backward(
         in_place: whether to store dx in the memory of dh.
 
     Returns:
-        dx_TD, and the gradients of scales and shifts, (2, E, D) in the scales' dtype.
+        Function that computes dx_TD, and the gradients of scales and shifts. The decorator `Prepared` calls this
+        function, so callers get the results. These gradients are (2, E, D) in the scales' dtype.
     """
     (num_rows, width), flags = x_TD.shape, (d_residual_TD is not None, gelu)
     programs, launch = prepare_rows(_BACKWARD, tuple(stops), width, tiling, flags, is_backward=True, takes_count=True)

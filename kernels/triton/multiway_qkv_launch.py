@@ -27,16 +27,17 @@ NUM_LAYERS = 3
 def qkv(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Applies each expert's three linear layers to the expert's rows; returns q_TF, k_TF and v_TF.
-
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
+    """Computes q_TF, k_TF and v_TF: each expert's three linear layers, applied to the expert's rows.
 
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
         slices: row range [start, stop) of each expert.
         weights: matrices (F, D): one per expert for queries, then one per expert for keys, then for values.
         biases: vectors (F,), in the order of `weights`.
+
+    Returns:
+        Function that computes q_TF, k_TF and v_TF. The decorator `Prepared` calls this function, so callers get the
+        results.
     """
     num_rows, (out_width, in_width) = len(x_TD), weights[0].shape
     launch = _prepare(_QKV, x_TD, slices, out_width, in_width, NUM_LAYERS)
@@ -58,15 +59,15 @@ def qkv_input_gradient(
 ) -> Callable[..., Tensor]:
     """Computes the gradient of the three layers' common input: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         dq_TF: gradient of the queries, contiguous.
         dk_TF: gradient of the keys, contiguous.
         dv_TF: gradient of the values, contiguous.
         slices: row range [start, stop) of each expert.
         weights: matrices (F, D), in the same order as for `qkv`.
+
+    Returns:
+        Function that computes dx_TD. The decorator `Prepared` calls this function, so callers get the result.
     """
     num_rows, (out_width, in_width) = len(dq_TF), weights[0].shape
     launch = _prepare(_INPUT_GRADIENT, dq_TF, slices, in_width, out_width, 1)

@@ -122,9 +122,6 @@ def forward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the attention output and the log-sum-exp of each query.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         q_THK: queries, contiguous. The same applies to keys k_THK and values v_THK.
         sequences_Q4: see `TilePlan.sequences_Q4`.
@@ -133,8 +130,9 @@ def forward(
         causal_captions: whether captions have a causal mask (see `packed_attention`).
 
     Returns:
-        y_THK, and the log-sum-exp of each query's scaled scores, (H, T) float32. Rows that belong to no sequence are
-        undefined.
+        Function that computes y_THK and the log-sum-exp of each query's scaled scores. The decorator `Prepared` calls
+        this function, so callers get the results. The log-sum-exp is (H, T) float32. Rows that belong to no sequence
+        are undefined.
     """
     num_rows, num_heads, _ = q_THK.shape
     launch = _prepare(_FORWARD, q_THK, tiles_N2, tiling.tile, tiling.forward, causal_captions)
@@ -165,14 +163,14 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Computes the gradients dq, dk and dv. The kernels use no atomics, so the results are deterministic.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         dy_THK: gradient of y_THK.
         q_THK: see `forward`, also for k_THK, v_THK, sequences_Q4, tiles_N2, tiling and causal_captions.
         y_THK: output that `forward` returned.
         lse_HT: log-sum-exp that `forward` returned.
+
+    Returns:
+        Function that computes dq, dk and dv. The decorator `Prepared` calls this function, so callers get the results.
     """
     kernels = (_QUERY_GRADIENT, tiling.query_gradient), (_KEY_VALUE_GRADIENT, tiling.key_value_gradient)
     launch_query, launch_key_value = (

@@ -35,9 +35,6 @@ def forward(
 ) -> Callable[..., Tensor]:
     """Computes y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         residual_TD: residual stream, contiguous.
         partial_TD: branch without its bias, contiguous.
@@ -45,6 +42,9 @@ def forward(
         biases: one vector (D,) per expert.
         factor_T: factor of each row, contiguous; None means 1.
         tiling: compile and launch settings of the kernel.
+
+    Returns:
+        Function that computes y_TD. The decorator `Prepared` calls this function, so callers get the result.
     """
     flags = (factor_T is not None,)
     programs, launch = prepare_rows(_FORWARD, tuple(stops), residual_TD.shape[1], tiling, flags)
@@ -73,9 +73,6 @@ def backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function.
-
     Args:
         dy_TD: gradient of y, contiguous.
         stops: stop row of each expert; expert 0 starts at row 0.
@@ -84,8 +81,9 @@ def backward(
         dtype: dtype of the branch and of the results.
 
     Returns:
-        The branch's gradient d_partial_TD, and the gradients of the biases, (E, D). If `factor_T` is None, the first
-        result is not computed, and has no rows: the branch's gradient is dy_TD itself.
+        Function that computes the branch's gradient d_partial_TD, and the gradients of the biases, (E, D). The
+        decorator `Prepared` calls this function, so callers get the results. If `factor_T` is None, d_partial_TD is not
+        computed and has no rows, because the branch's gradient is dy_TD itself.
     """
     width, flags = dy_TD.shape[1], (factor_T is not None,)
     programs, launch = prepare_rows(_BACKWARD, tuple(stops), width, tiling, flags, is_backward=True)

@@ -46,9 +46,7 @@ def weight_gradient(
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
 
-    A caller gets the results themselves. The code below returns a function that computes them, and the decorator
-    `Prepared` calls this function. Results are deterministic for given numbers of rows, which determine the order of
-    summation.
+    Results are deterministic for given numbers of rows, which determine the order of summation.
 
     Args:
         gradients: gradient of each layer's output, (T, OUT) each. The layers share their input; at most NUM_LAYERS
@@ -59,9 +57,9 @@ def weight_gradient(
         with_bias: whether to compute db.
 
     Returns:
-        Two lists. The first has dW (OUT, IN) for all experts of the first layer, then of the second layer, and so on.
-        The second has db (OUT,) in this order; it is empty if `with_bias` is false. All results are views of one
-        tensor.
+        Function that computes two lists. The decorator `Prepared` calls this function, so callers get the results. The
+        first has dW (OUT, IN) for all experts of the first layer, then of the second layer, and so on. The second has
+        db (OUT,) in this order; it is empty if `with_bias` is false. All results are views of one tensor.
     """
     dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
     out_width, dtype, architecture = dy_TO.shape[1], dy_TO.dtype, architecture_of(dy_TO.device)

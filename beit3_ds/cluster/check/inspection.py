@@ -74,8 +74,8 @@ class Answers:
     """Names of the hosts whose tokens this node cannot see in the shared folder; None if this node was not asked or did
     not answer. Each host's token is a test file that the host writes."""
     listener: dict[str, Any] | None = None
-    """Result of `Probe.listen`, such as the port on which the node listens for test connections. The first host uses
-    the master port if it is free."""
+    """Result of `Probe.listen`. It contains the port on which the node listens for test connections. The first host
+    uses the master port if it is free."""
     connections: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Results of this node's test connections (`Probe.connect`), by target host. A result has the two addresses of the
     connection, or an error."""

@@ -46,7 +46,8 @@ class Links:
         """Returns the usual speed of a link in bits per second.
 
         This is the median, over all nodes, of the speed of a node's fastest link. The median over all links would be
-        wrong with three nodes, because one slow node can make four of the six links slow.
+        wrong with three nodes. These have six links, one per direction, and one slow node can make four of the six
+        slow.
         """
         fastest = [max(rate for pair, rate in self.rates.items() if name in pair) for name in self.names]
         return statistics.median(fastest)

@@ -311,8 +311,8 @@ class _Launch:
     def _saved_step(self) -> int | None:
         """Returns the step of the checkpoint that the file `latest` names. The checkpoint itself is not checked.
 
-        Returns None if `latest` cannot be read or names no step. A run with `LaunchOptions.force` replaces a finished
-        run, whose checkpoints do not count: until the new run has moved them aside, returns None.
+        Returns None if `latest` cannot be read or names no step. With `LaunchOptions.force`, the folder may still
+        contain the checkpoints of an earlier run, which do not count: returns None until this run has moved them aside.
         """
         if self._outdated is not None and self._outdated == self._checkpoints_inode():
             return None

@@ -12,8 +12,8 @@ from beit3_ds.runtime.stop_signals import describe_signal, exit_status, handled_
 class LauncherStopSignals:
     """Records the first stop signal, which is forwarded to all ranks. A later SIGINT kills the ranks.
 
-    SIGHUP counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored. If this signal suspended `beit3 launch`, the ranks would
-    consider it lost and end.
+    SIGHUP counts as SIGTERM. SIGTSTP (Ctrl-Z) is ignored, because the ranks would lose contact with a suspended `beit3
+    launch`, and end.
     """
 
     def __init__(self, terminal: Terminal) -> None:

@@ -90,7 +90,7 @@ def open_json_text(path: str) -> io.TextIOWrapper:
 
 @contextlib.contextmanager
 def reading_as(path: str, form: str) -> Iterator[None]:
-    """Converts errors of the `with` block, which reads a file, to a `ConfigError`. It names the file and the expected
+    """Converts errors of the `with` block, which reads a file, to a `ConfigError` that names the file and the expected
     form.
 
     Args:

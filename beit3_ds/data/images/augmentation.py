@@ -54,8 +54,8 @@ class Augmentation:
 
     BEiT applies the color jitter to the whole image, before the crop. In this project, the device applies the jitter to
     the two views of the crop, for the model and for the tokenizer, because they have fewer pixels than the image. Both
-    views get the same factors. Without rounding, the two orders would differ only in values that are clamped, and in
-    the mean grey that the contrast change uses.
+    views get the same factors. Without rounding, jitter before the crop and jitter after the crop would differ only in
+    values that are clamped, and in the mean grey that the contrast change uses.
 
     The result was compared with Pillow. The Pillow reference applies the jitter after the crop but before the resize,
     and rounds values to 8 bits. In images without clamped values, pixels differ by at most 6 of 255 levels, and by 1.5

@@ -61,10 +61,10 @@ def continue_stream(
 ) -> Continued:
     """Adapts the stored position of a stream to the run's settings and sources.
 
-    If the sources, weights and seed are unchanged, the stream continues as if it had never stopped. Otherwise, each set
-    of samples (`SetPosition`) in which something changed continues its epoch with its unused samples and appended
-    samples, in a new random order. However, a source in which samples were inserted, removed or reordered skips the
-    rest of the epoch. Changed `blocks` take effect when samples are next shuffled.
+    If the sources, weights and seed are unchanged, the stream continues as if it had never stopped. Otherwise, each
+    changed set of samples (`SetPosition`) continues its epoch with its unused samples and appended samples, in a new
+    random order. However, a source in which samples were inserted, removed or reordered skips the rest of the epoch.
+    Changed `blocks` take effect when samples are next shuffled.
 
     Args:
         stored: position from the checkpoint.

@@ -132,8 +132,8 @@ class RunOrder:
         )
 
     def _derive(self, name: str, step: int, before: Mapping[str, Any]) -> StreamPosition | None:
-        """Computes a stream's position in a checkpoint of step `step` that stores no positions. Returns None if the
-        checkpoint's run did not use the stream, or if a source of the stream is no longer in the config.
+        """Computes a stream's position after `step` steps, if the checkpoint is old and stores no position. Returns
+        None if the checkpoint's run did not use the stream, or if a source of the stream is no longer in the config.
         """
         stream = before["data"][name]
         found = {source.path: source for source in self._found[name]}

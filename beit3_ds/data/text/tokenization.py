@@ -56,7 +56,8 @@ def sequence_starts(chunks: Iterable[TokenizedParagraphs], limit: int, cutter: P
     """Packs consecutive paragraphs into sequences of at most `limit` tokens.
 
     A paragraph that fits into a sequence stays whole. A longer paragraph starts a new sequence, and `cutter` cuts it,
-    between sentences if possible. The sequence with its last part also takes the next paragraph if that fits.
+    between sentences if possible. The last part of a cut paragraph and the next paragraph are in one sequence if both
+    fit.
 
     Args:
         chunks: paragraphs from `encode_paragraphs`; empty paragraphs have no effect.

@@ -139,9 +139,9 @@ class CaptionDecoder:
     def _attend_to_cache(self, index: int) -> tuple[Callable[..., Tensor], list[tuple[Tensor, Tensor]]]:
         """Returns the attention function of block `index`, and an empty list that the attention function fills.
 
-        The attention function computes two rows per caption, the last word so far and the mask token. They attend to
-        the image and the caption. The function appends one pair to the list: the keys and the values of all words so
-        far, without the mask tokens.
+        The attention function computes two rows per caption: the last word so far, and the mask token. These rows
+        attend to the image and the caption. The attention function also appends one pair to the list: the keys and the
+        values of all words so far, without the mask tokens.
         """
         image_keys, image_values = self._images[index]
         old_keys, old_values = self._captions[index]

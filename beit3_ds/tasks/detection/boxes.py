@@ -87,8 +87,8 @@ def match_boxes(boxes_N4: Tensor, objects_G4: Tensor, high: float, low: float, *
         low: a box is `BACKGROUND` if its largest IoU is below `low`, and `IGNORED` if its largest IoU is between `low`
             and `high`.
         keep_best: whether a best box of an object has a match even if its IoU is below `high`. The best boxes of an
-            object are the boxes that have the largest IoU with this object. A best box also matches the object with
-            which it has its largest IoU, which may be another object.
+            object are the boxes that have the largest IoU with this object. Like any other box, a best box matches the
+            object with which it has its largest IoU. This may be another object.
     """
     if not len(objects_G4) or not len(boxes_N4):
         return torch.full((len(boxes_N4),), BACKGROUND, device=boxes_N4.device)

@@ -28,8 +28,8 @@ class DetectionConfig:
     """Maximum number of proposals per pyramid level in training, before non-maximum suppression. The anchors with the
     best scores become proposals."""
     proposals: Positive = 1000
-    """Maximum number of proposals per image after non-maximum suppression. In an evaluation, this is also the number of
-    best proposals per level, instead of `proposals_per_level`."""
+    """Maximum number of proposals per image after non-maximum suppression. In an evaluation, this value is used instead
+    of `proposals_per_level`, too."""
     sampled_anchors: Positive = 256
     """Number of anchors per image in the loss of the proposal network; at most half of the anchors match an object. The
     losses of an image are divided by this number, so they do not depend on the other images of a batch."""

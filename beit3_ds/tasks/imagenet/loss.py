@@ -15,8 +15,8 @@ from beit3_ds.tasks.retrieval.head import IMAGE_FEATURES, SCALE, TEXT_FEATURES
 def class_terms(features: StepFeatures, label_smoothing: float) -> Tensor:
     """Returns two sums over all images of a step, (2,) float32: the cross entropy, and the number of correct answers.
 
-    Only the cross entropy has a gradient. The softmax is over the classes whose texts the step encodes. These must
-    include the classes of all images. If a class has several texts, the features of these texts are averaged.
+    Only the cross entropy has a gradient. The softmax is over the classes whose texts the step encodes. The classes of
+    all images must be among them. If a class has several texts, the features of these texts are averaged.
 
     Args:
         features: features and labels of all images and texts of the step, and the scale of scores.

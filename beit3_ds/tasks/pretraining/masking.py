@@ -128,8 +128,8 @@ def _num_masked_tokens(length: int, ratio: float) -> int:
 def _choose_sizes(sizes: list[int], target: int) -> list[int]:
     """Chooses sizes with a sum as near to `target` as possible, and returns their indices. Prefers earlier sizes.
 
-    At least one size is chosen and, if there are several, at least one is not. The sums are found by dynamic
-    programming: bit s of a Python integer is set if some sizes add up to s.
+    At least one size is chosen. If `sizes` has several elements, at least one is not chosen. The sums are found by
+    dynamic programming: bit s of a Python integer is set if some sizes add up to s.
     """
     reachable = [1]  # sums reachable with the last 0, 1, 2, ... sizes
     for size in reversed(sizes):

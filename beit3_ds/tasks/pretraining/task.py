@@ -91,8 +91,8 @@ class Pretraining(Task):
         """Checks the settings of the visual tokenizer and the weights of the loss terms.
 
         Raises:
-            ConfigError: if a run has images or pairs, but the key for its visual tokenizer is not set, if the tokenizer
-                and the model differ in grid size or codebook size, or if every term with samples has weight 0.
+            ConfigError: if a run with images or pairs has no visual tokenizer; if the tokenizer and the model differ in
+                grid size or codebook size; or if every term with samples has weight 0.
         """
         super().__init__(config)
         if config.data.has_images:

@@ -2,7 +2,7 @@
 
 | format | images | label maps | values in label maps |
 |---|---|---|---|
-| `ade20k` | `PATH/images/SPLIT/*.jpg` | `PATH/annotations/SPLIT/*.png` | 0: no class; 1 to C: class + 1 |
+| `ade20k` | `PATH/images/SPLIT/*.jpg` | `PATH/annotations/SPLIT/*.png` | 0: no class; 1 to C: classes 0 to C - 1 |
 | `label_maps` | `PATH` | folder in the key `annotations`, with equal file names | 0 to C - 1: class; 255: no class |
 
 `ade20k` is the distributed form of ADEChallengeData2016; SPLIT is "training" or "validation". C is the number of

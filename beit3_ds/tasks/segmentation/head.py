@@ -85,7 +85,7 @@ class SegmentationHead(Head):
 
         Args:
             maps: four feature maps, with 1/4 to 1/32 of the images' height and width. For class scores, maps of all
-                images. For the loss, maps of this rank's part of the images; the ranks' sums are added.
+                images. For the loss, maps of this rank's part of the images; this method all-reduces the ranks' sums.
             batch: the packed micro-batch; for the loss, needs labels and seeds of all images.
             with_loss: True returns sums of loss terms, False class scores.
 
