@@ -68,9 +68,9 @@ class PackedBatch(RowLayout):
     term_counts: tuple[int, ...] = ()
     """Number of predictions in this micro-batch for each loss term, in the order of `Task.terms`."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
-    """Additional inputs of the task's head, by name; empty on pipeline stages that hold neither the embeddings nor the
-    head. Pipeline stages that read the same samples check that their targets are equal. Targets with dtype uint8 or a
-    floating-point dtype are not compared."""
+    """Tensors that the task's head needs besides the model's output, by name, such as labels. Empty on pipeline stages
+    that do not read samples. Pipeline stages that read the same samples check that their targets are equal. Targets
+    with dtype uint8 or a floating-point dtype are not compared."""
     host_targets: Mapping[str, Tensor] = field(default_factory=dict)
     """Further targets: small tensors of integers or bools, such as sizes and counts. `to` leaves them in host memory,
     where the head reads their values without waiting for a device."""

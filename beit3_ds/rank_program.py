@@ -38,9 +38,9 @@ def run_rank_program(
         arguments: command-line arguments; None uses those of the process.
 
     Returns:
-        0 if the program ended normally, also if a stop signal ended it after a save. 1 for a failing file system, 2 for
-        an error that the user can fix, and 128 + n if stop signal n ended the program when there was nothing to save.
-        With a status other than 0, an error message without a traceback is printed.
+        0 if the program ended normally, or saved its state and ended because of a stop signal. 1 for a failing file
+        system, and 2 for an error that the user can fix. 128 + n if stop signal n ended a program that has no state to
+        save. With a status other than 0, an error message without a traceback is printed.
     """
     streams = keep_standard_streams()
     parser = OneLineParser(prog=name, description=description)

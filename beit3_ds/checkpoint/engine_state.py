@@ -263,7 +263,8 @@ class EngineState:
             self._average.restart(self._weights())
 
     def slices(self, fragment: Fragment) -> Iterator[tuple[int, TensorSlice]]:
-        """Yields the slices of the whole tensor that lie in a fragment. Elements that are padding are omitted.
+        """Yields the slices of a logical tensor that make up a fragment: the part of the tensor that this rank owns.
+        Padding is omitted.
 
         A fragment contains up to three slices (`slice_range`).
 

@@ -60,7 +60,7 @@ class Hostfile:
 
     @property
     def is_local(self) -> bool:
-        """Returns whether the hostfile lists only this machine, under a loopback name. A run on such hosts needs no
+        """Returns whether the hostfile lists no host but this machine, under a loopback name. The run then needs no
         ssh.
         """
         return len(self.hosts) == 1 and is_loopback(self.hosts[0].name)

@@ -28,9 +28,9 @@ def check_validation_apart(data: DataConfig, must_exist: bool = True) -> None:
     """Checks that no validation or test file is also a training file, even under another path or link.
 
     Validation and test files are compared with the training files of the same stream. Files of "images" and "pairs" are
-    compared with the training files of both streams, because both streams contain images. Two files count as the same
-    if they have equal device and inode, unless their sources have different `SourceConfig.split`. Copies of files are
-    not detected.
+    compared with the training files of both streams, because both streams contain images. Two files are the same if
+    they have equal device and inode. The same file is allowed in two sources if both set `SourceConfig.split`, to
+    different values, because they then read different parts of the file. Copies of files are not detected.
 
     A validation or test folder must not be inside a training folder, nor a training folder inside a validation or test
     folder. No folder may be reachable through links from both a training folder and a validation or test folder. One

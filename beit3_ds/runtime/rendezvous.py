@@ -222,9 +222,9 @@ class Rendezvous:
 
         The answer has each rank's address, nonce and number of threads. It also has rank 0's challenge (`_find_ranks`).
 
-        If a user starts a second command for the same output folder, the ranks of the second command may connect to
-        this run's rank 0 before that command is refused. Rank 0 then waits until the second command has ended, and
-        collects the ranks of its own run again.
+        A user may start a second command for the same output folder. This command is refused, but until then, its ranks
+        may connect to rank 0 of this run. In this case, rank 0 waits until the second command has ended, and collects
+        the ranks of its own run again.
 
         Raises:
             ConfigError: if a rank does not connect in time, or its software differs from rank 0's. The other ranks

@@ -108,8 +108,8 @@ class Watchdog:
         self._store_thread.join()
 
     def announce_failure(self, error: Exception) -> None:
-        """Reports this rank's failure to rank 0, and waits at most five seconds until rank 0 publishes this failure or
-        an earlier one to all ranks.
+        """Reports this rank's failure to rank 0. Then waits until rank 0 has published a failure to all ranks, but at
+        most five seconds.
 
         On rank 0, this method then waits at most five more seconds until all ranks have read the published failure. If
         another rank has already reported a failure, that failure is published instead of this rank's.

@@ -35,7 +35,7 @@ class WordBorders(NamedTuple):
 
     In a SentencePiece model that writes white space before words (`▁dog`), pieces that begin with white space are True
     too. All other ids are False. In a model that writes white space after words (`dog▁`), True only for BOS, padding
-    and EOS. In such a model, `ends` tells where words start: after the white space.
+    and EOS. In such a model, use `ends`: a word starts after a piece that ends with white space.
     """
     ends: NDArray[np.bool_]
     """For each id, whether a word certainly ends there, (vocab_size,). If True, the id that follows in a text starts a

@@ -28,10 +28,10 @@ def take_rows(x_TD: Tensor, rows_K: Tensor) -> tuple[Tensor, Tensor]:
 def put_rows(stream_TD: Tensor, y_KD: Tensor, rows_K: Tensor) -> Tensor:
     """Returns a copy of the residual stream, with new rows in place of the rows that `take_rows` copied.
 
-    Every `take_rows` needs a `put_rows`. The backward pass of `put_rows` returns the whole output gradient as the
-    gradient of `stream_TD`, and does not set the rows `rows_K` of this gradient to zero. The backward pass of
-    `take_rows` then overwrites these rows with the gradient of the copied rows. This saves a pass that clears
-    gradients, and a pass that adds gradients.
+    Every `take_rows` needs a `put_rows`. The backward pass of `put_rows` returns its output gradient as the gradient of
+    `stream_TD`, unchanged. In the rows `rows_K`, this gradient is wrong, but the backward pass of `take_rows` then
+    overwrites these rows with the right values. This saves a pass that clears gradients, and a pass that adds
+    gradients.
 
     Args:
         stream_TD: residual stream that `take_rows` returned.

@@ -48,8 +48,8 @@ def divide_for_cpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
     Args:
         num_rows: number of rows M.
         vocabulary: number of vocabulary columns V.
-        chunk_size: limit on memory: the buffers and the backward pass's tile together hold at most `chunk_size` x V
-            logits. Two columns (2 x M logits) are always allowed. None for no limit.
+        chunk_size: limit on memory, or None. The buffers and the backward pass's tile together hold at most
+            `chunk_size` x V logits. If this is less than two columns of M logits, they hold two columns.
     """
     max_columns = _max_columns(num_rows, vocabulary, chunk_size)
     width = min(CPU_WIDTH, vocabulary if chunk_size is None else max(1, max_columns // 2))

@@ -1,5 +1,5 @@
-"""Models the GPU time of each op of a block, forward and backward, for the current code and for the code before
-optimization.
+"""Models the GPU time of each op of a block, forward and backward. There are two models: for the current code, and for
+the code before optimization.
 
 Before the optimization, each op has one Triton kernel, without alternatives. Queries, keys and values are three
 products. For weight gradients, each Triton program sums over all rows of an expert. The norms of sub-LN are computed
@@ -80,10 +80,10 @@ def _out_projection(name: str, rates: Rates, shape: BlockShape, width: int, *, g
     """Returns the modelled times of an output projection: before the project's code was optimized, and with the current
     code.
 
-    `OpTime.before` is the time of this project's kernel. `OpTime.now` is the time of the faster of this project's
-    kernel and cuBLAS. Both times include the sub-LN before the projection (with one exception, see `gelu`), and the
-    addition of the residual after the projection. This project's kernel adds the residual to the product. With cuBLAS,
-    a separate pass adds the residual.
+    `OpTime.before` is the time of this project's kernel. `OpTime.now` is the time of cuBLAS or of this project's
+    kernel, whichever is faster. Both times include the sub-LN before the projection (with one exception, see `gelu`),
+    and the addition of the residual after the projection. This project's kernel adds the residual to the product. With
+    cuBLAS, a separate pass adds the residual.
 
     Args:
         name: name of the op.

@@ -31,9 +31,9 @@ class TarShards:
 
     The members `folder/KEY.webp` and `folder/KEY.txt` are the image and the caption of the sample `folder/KEY`. If
     `KEY.txt` is missing, the caption is the value of `caption` in `KEY.json`. A key may contain dots: `v.one.jpg` and
-    `v.two.jpg` are two samples. However, if the tar contains an image or a caption with the key `KEY`, then
-    `KEY.seg.png` is an additional member of the sample `KEY`, and is skipped. `skipped` counts the skipped members, and
-    also the tars without samples.
+    `v.two.jpg` are two samples. There is one exception: if the tar contains an image or a caption with the key `KEY`,
+    then `KEY.seg.png` does not belong to a sample `KEY.seg`. It is an additional member of the sample `KEY`, and is
+    skipped. `skipped` counts the skipped members, and also the tars without samples.
 
     Real corpora contain many irregular files. These rules apply:
 
