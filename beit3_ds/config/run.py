@@ -51,7 +51,7 @@ class RunConfig:
     gradient_accumulation_steps: int
     """Number of micro-batches per rank and optimizer step."""
     deepspeed: Mapping[str, Any]
-    """DeepSpeed's keys in the file, which have been checked."""
+    """DeepSpeed's part of the configuration file, after all checks."""
 
     @property
     def model(self) -> ModelConfig:

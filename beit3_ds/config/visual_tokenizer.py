@@ -21,8 +21,8 @@ class VisualTokenizerConfig:
     pretraining reads it. May be empty in a run without images and pairs."""
     image_size: Size = 224
     """Side of the tokenizer's input images in pixels. The tokenizer and the model must have the same number of patches
-    along one side of an image (image_size / patch_size). For example, a model has 16 x 16 patches with 14-pixel patches
-    at 224 pixels. A tokenizer with 16-pixel patches then needs images of 256 pixels."""
+    along one side of an image (image_size / patch_size). For example, a model with images of 224 pixels and patches of
+    14 pixels has 16 patches along a side. A tokenizer with patches of 16 pixels then needs images of 256 pixels."""
     patch_size: Size = 16
     """Side of a patch in pixels. Each patch gets one code."""
     hidden_size: Size = 768

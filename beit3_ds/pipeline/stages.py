@@ -78,8 +78,8 @@ def cut(costs: Sequence[float], num_chunks: int) -> list[range]:
 
     @cache
     def evenest(start: int, chunks: int) -> tuple[float, tuple[int, ...]]:
-        """Finds the most even division of the items with index `start` or higher into `chunks` chunks. Each chunk costs
-        at most `limit`, a variable of `cut`.
+        """Divides the items from index `start` on into `chunks` chunks, as evenly as possible. No chunk may cost more
+        than `limit`, a variable of `cut`.
 
         The most even division has the smallest sum of squared chunk costs. Returns this sum and the end of each chunk;
         infinity and an empty tuple if there is no division.

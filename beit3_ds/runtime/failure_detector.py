@@ -70,7 +70,8 @@ class FailureDetector:
         wait for it.
 
         A rank is due when its delay reaches `heartbeat_timeout_seconds`, and again each time the delay has doubled. If
-        more than 8 ranks are due, the first 8 get a line, and the others count as reported.
+        more than 8 ranks are due, only the 8 lowest ranks get a line, and the others are not reported until their delay
+        has doubled.
         """
         first = self._parallel.heartbeat_timeout_seconds
         behind = self._statuses.find_behind(first)

@@ -125,7 +125,7 @@ class RankStatuses:
         """Returns the ranks that keep other ranks waiting.
 
         A running rank is in the list if its main thread waits for no other rank, and has made no progress for more than
-        `seconds`. However, the list is empty if no rank of the run has waited for other ranks for more than half of
+        `seconds`. However, the list is empty unless some rank has been waiting for others for more than half of
         `seconds`.
         """
         if not any(status.beat.is_waiting and status.unchanged_seconds > seconds / 2 for status in self._ranks):

@@ -34,8 +34,8 @@ class StopDeadline:
     def __init__(self, rank: int, signals: StopSignals, end: Callable[[int], None] = os._exit) -> None:
         """Starts a thread that ends the process if the process still runs `STOP_SECONDS` after a stop signal.
 
-        After `limit_waits` and until `limit_all`, the thread ends the process only if a wait for other ranks takes too
-        long, or soon after a second SIGINT.
+        Between the calls of `limit_waits` and `limit_all`, there are only two cases in which the thread ends the
+        process: a wait for other ranks takes too long, or a second SIGINT arrives.
 
         Args:
             rank: rank of this process, for messages.

@@ -46,8 +46,8 @@ def multiway_linear(
 ) -> Tensor:
     """Applies each expert's linear layer to its own rows, and writes all results into one output tensor.
 
-    Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for each expert. An expert without rows gets zero gradients,
-    so every parameter takes part in every call.
+    Computes y[start:stop] = x[start:stop] @ w_FD.T + b_F for each expert. The gradients of an expert without rows are
+    zeros, so every parameter gets a gradient in every call.
 
     Args:
         x_TD: packed rows.

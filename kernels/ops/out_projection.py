@@ -261,8 +261,8 @@ def _row_blocks(form: _Form) -> Iterator[tuple[int, int, int]]:
 def _normalize(x_TF: Tensor, form: _Form, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns LN(GELU(x)), or LN(x) without `form.gelu`. Also returns the mean and 1 / standard deviation of each row.
 
-    The statistics are one tensor (2, T), or two tensors (T,) if ranks divide the columns of a row. In that case, this
-    rank gathers two numbers per row from each rank.
+    Mean and 1 / standard deviation are one tensor (2, T). If ranks divide the columns of a row, they are two tensors
+    (T,), and this rank gathers two numbers per row from each rank.
     """
     norm = form.norm
     assert norm is not None

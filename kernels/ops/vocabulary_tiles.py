@@ -67,8 +67,8 @@ def divide_for_gpu(num_rows: int, vocabulary: int, chunk_size: int | None) -> Vo
     Args:
         num_rows: number of rows M.
         vocabulary: number of vocabulary columns V.
-        chunk_size: limit on memory: at most `chunk_size` x V logits exist at once, but a tile always has at least one
-            column. None for no limit: a single tile has all columns.
+        chunk_size: limit on memory. A tile, with M logits per column, has at most `chunk_size` x V logits, but always
+            at least one column. If None, a single tile has all columns.
     """
     width = _max_columns(num_rows, vocabulary, chunk_size)
     if width >= ALIGNMENT and width != vocabulary:

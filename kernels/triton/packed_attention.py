@@ -28,8 +28,7 @@ def _sequence_of(tile, sequences_ptr, tiles_ptr):
     """Returns the tile's first position in its sequence, and four numbers that describe the sequence.
 
     A sequence consists of two ranges of rows. The four numbers are the first row of range 1, the length of range 1, an
-    offset, and the length of the whole sequence. If a position in the sequence falls into range 2, its row is the
-    position plus the offset.
+    offset, and the length of the whole sequence. The row of a position in range 2 is the position plus the offset.
     """
     sequence = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)

@@ -30,7 +30,7 @@ class LauncherProcess:
             commands: commands that together start the guards of all ranks. A guard is the parent of a training process.
             environment: complete environment of the commands.
             folder: working directory of the commands.
-            log: file for the commands' output. Output is appended whenever a method of this object is called.
+            log: file for the commands' output. Each call of a method of this class appends the output that has arrived.
 
         Raises:
             OSError: if a command does not exist.

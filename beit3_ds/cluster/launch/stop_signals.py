@@ -42,7 +42,7 @@ class LauncherStopSignals:
         """Records a stop signal.
 
         Args:
-            number: stop signal. Ranks receive SIGTERM instead of SIGHUP.
+            number: stop signal. If it is SIGHUP, SIGTERM is forwarded to the ranks.
             origin: source of the signal, for the printed message; empty if this process itself received the signal.
         """
         if self.first is None:

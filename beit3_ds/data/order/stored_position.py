@@ -98,8 +98,8 @@ def _check_nodes(value: Any, sizes: Mapping[int, int]) -> tuple[tuple[Any, ...],
     """Checks the JSON descriptions of a set of unused samples, as `remaining.to_nodes` returns them.
 
     Args:
-        value: list of descriptions. The last describes the set. Each earlier one describes a set from which a later set
-            is made.
+        value: list of descriptions. The last one describes the set of unused samples. Each of the others describes a
+            set from which a set further down in the list is made.
         sizes: number of samples of each source, by the source's id.
 
     Returns:

@@ -80,8 +80,8 @@ class ParagraphCutter:
             limit: maximum ids per sequence.
 
         Yields:
-            Index in `ids` of the first id of each sequence, in ascending order. The first sequence of each paragraph is
-            left out.
+            Index in `ids` of the first id of each sequence, in ascending order, except for the first sequence of each
+            paragraph.
         """
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
         stops = starts + self.content_lengths(ids, lengths)

@@ -31,8 +31,9 @@ class DetectionConfig:
     """Maximum number of proposals per image after non-maximum suppression. In an evaluation, this value is used instead
     of `proposals_per_level`, too."""
     sampled_anchors: Positive = 256
-    """Number of anchors per image in the loss of the proposal network; at most half of the anchors match an object. The
-    losses of an image are divided by this number, so they do not depend on the other images of a batch."""
+    """Number of anchors per image in the loss of the proposal network. At most half of this number are anchors that
+    match an object. The losses of each image are divided by this number, independently of the other images of a batch.
+    """
     sampled_boxes: Positive = 512
     """Maximum number of proposals per image in the loss of the box stages. At most a quarter of this number are
     proposals that match an object. The losses of the box stages are divided by `sampled_boxes`, even if an image has

@@ -103,7 +103,7 @@ class AnsweredSplit:
     def accuracy(self, place: int) -> float | None:
         """Returns the official accuracy, from 0 to 1, of the model's answer to question number `place`.
 
-        Returns None if the source of this question contains any question without answers from people.
+        Returns None if people's answers are missing for this question, or for any other question of the same source.
         """
         questions, index = self.locate(place)
         return question_accuracy(questions.answers(index), self.answers[place]) if questions.has_answers else None

@@ -173,7 +173,7 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
 def _split_of(questions: str) -> str:
     """Reads the split of the images, such as `val2014`, from the file `questions`.
 
-    For questions of `test-dev2015`, returns `test2015`: the names of the images contain this split.
+    For questions of `test-dev2015`, returns `test2015`, which is the split in the names of the images.
 
     Raises:
         ConfigError: if the file does not name the split.
