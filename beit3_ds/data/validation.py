@@ -146,7 +146,7 @@ def choose_samples(sizes: Sequence[int], limit: int, seed: int, stream: str) -> 
 
     Each source gets a share of `limit` in proportion to its size, and at least one sample if `limit` allows. Within a
     source, samples are drawn at random. If the limit is raised, the chosen samples stay chosen and others are added.
-    The rounding of shares can make exceptions.
+    There may be exceptions, because shares are rounded.
 
     Args:
         sizes: number of samples in each source. In the stream, the sources follow one another.

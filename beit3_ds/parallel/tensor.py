@@ -239,8 +239,8 @@ def logical_shape(parameter: nn.Parameter, local: torch.Size | None = None) -> t
 
     Args:
         parameter: this rank's parameter.
-        local: shape of this rank's part; None uses `parameter.shape`. Required under ZeRO-3, which changes
-            `parameter.shape`.
+        local: shape of this rank's part; None uses `parameter.shape`. Under ZeRO-3, pass the shape, because
+            `parameter.shape` is another one.
     """
     split: Split | None = getattr(parameter, "parallel_split", None)
     shape = list(parameter.shape if local is None else local)

@@ -25,7 +25,7 @@ class VocabParallelEmbedding(nn.Module):
     """Looks up embeddings in a table whose rows are split over tensor-parallel ranks.
 
     The forward pass all-reduces the embeddings of all tokens, and the backward pass does not communicate. The
-    constructor only initializes the padding rows of `weight`, which are 0.
+    constructor sets the padding rows of `weight` to 0, and initializes no other rows.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tensor: TensorParallel) -> None:
@@ -55,7 +55,8 @@ class RowLosses(NamedTuple):
 class VocabParallelHead(nn.Module):
     """Computes logits or cross entropies over a vocabulary that is split over tensor-parallel ranks.
 
-    The constructor only initializes the padding rows: their weights are 0, and their bias is `PADDING_BIAS`.
+    The constructor sets the weights of padding rows to 0 and their biases to `PADDING_BIAS`, and initializes no other
+    rows.
     """
 
     def __init__(

@@ -240,8 +240,8 @@ class RankTask:
             Entries for the run's summary, by name; only the main rank's entries are shown.
 
         Raises:
-            StorageError: if a result file cannot be written. After a restart, the same command writes the file from the
-                checkpoint.
+            StorageError: if a result file cannot be written. When the run's command is started again, it writes the
+                file from the last checkpoint.
         """
         return {}
 

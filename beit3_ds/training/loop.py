@@ -270,8 +270,8 @@ def _end_diverged(run: Run, done: int, skipped: SkippedSteps, *, must_save: bool
     """Ends a diverged run with an error. Before that, saves a checkpoint if `must_save` is true.
 
     Skipped steps do not change the weights, so the checkpoint holds the weights from before the skipped steps. If a
-    checkpoint already holds these weights, `must_save` is false. A run that is restarted again and again therefore does
-    not save the same weights each time, which would delete all older checkpoints.
+    checkpoint already holds these weights, `must_save` is false. Saving the same weights at every restart would delete
+    all older checkpoints.
     """
     if must_save:
         run.store.save(run.state, done, _data_state(run, done))

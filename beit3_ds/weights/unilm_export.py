@@ -40,7 +40,7 @@ def plan_unilm_export(reader: WeightReader, *, fusion: bool) -> list[PlannedTens
     Raises:
         ConfigError: if the model lacks the experts for the export. The "fusion" export needs vision-language experts.
             The "dual" export needs vision experts in all blocks or language experts in all blocks. A model that accepts
-            only pairs has neither.
+            only pairs cannot be exported as "dual", because its top blocks have neither kind of expert.
     """
     has_fused_expert = any("vision_language" in reader.model.experts(layer) for layer in range(reader.model.num_layers))
     if fusion and not has_fused_expert:

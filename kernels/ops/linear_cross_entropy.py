@@ -163,10 +163,10 @@ def forward_plain(
         tiles: vocabulary tiles of this shard.
 
     Returns:
-        The partials of the M rows, then two tensors for the backward pass. Let `largest` be the row's largest logit in
-        a tile and all earlier tiles. The first tensor, (`tiles.num_buffers`, M, `tiles.stride`), holds exp(logit -
-        largest) for one tile per buffer: the last tile that used the buffer (`VocabularyTiles.is_kept`). The second
-        tensor, (tiles, M), holds `largest` for each tile and row.
+        The partials of the M rows, then two tensors for the backward pass. They depend on `largest`: for each tile and
+        row, the largest logit in this tile and all earlier tiles. The first tensor, (`tiles.num_buffers`, M,
+        `tiles.stride`), holds exp(logit - largest) for one tile per buffer: the last tile that used the buffer
+        (`VocabularyTiles.is_kept`). The second tensor, (tiles, M), holds `largest`.
     """
     dtype = _loss_dtype(h_MD)
     partials_3M = _no_partials(h_MD)

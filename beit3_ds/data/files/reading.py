@@ -39,7 +39,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 def read_with_retries(read: Callable[[], ResultT], path: str, file_errors: frozenset[int] = FILE_ERRORS) -> ResultT:
-    """Calls `read` at most four times within about two seconds, until it succeeds; returns the result.
+    """Returns the result of `read`. If `read` fails, it is called again, up to three times within about two seconds.
 
     Args:
         read: function that opens and reads the file. It must reopen the file in each call, because a descriptor can

@@ -247,7 +247,8 @@ def draw_colors(view: Tensor, strength: float, rng: np.random.Generator) -> Tens
         rng: random number generator.
 
     Returns:
-        One row per change, (3, 3) float32: factor of the pixels, weight of the greyscale, and offset.
+        The three changes, (3, 3) float32. The row of a change has three values: factor of the pixels, weight of the
+        greyscale, and offset.
     """
     colors = torch.zeros(len(_COLOR_CHANGES), 3)
     for place, kind in enumerate(rng.permutation(_COLOR_CHANGES)):

@@ -44,7 +44,8 @@ class SourceMatch(NamedTuple):
 
 
 def match_sources(stored: StreamPosition, sources: Sequence[FoundSource]) -> list[SourceMatch]:
-    """Finds the checkpoint's source for each source of the run, by its path or else by its content.
+    """Finds, for each source of the run, the same source in the checkpoint: by the path or, if it was moved, by the
+    content.
 
     The search by path includes the sources that an earlier run removed from the config (`StreamPosition.removed`). If
     no source in the checkpoint has the path, the source may have been moved. It is then matched with a source in the

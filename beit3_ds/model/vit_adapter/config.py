@@ -62,7 +62,7 @@ class AdapterConfig:
         """Returns one range of blocks (0-based) per interaction. The injector comes before the range, and the extractor
         after it.
 
-        If the blocks cannot be divided evenly, earlier interactions have one block more than later ones.
+        If the blocks cannot be divided evenly, the first interactions have one block more than the others.
         """
         each, more = divmod(num_layers, self.num_interactions)
         starts = [number * each + min(number, more) for number in range(self.num_interactions + 1)]

@@ -56,7 +56,7 @@ class VqaQuestions(CollectedAnnotations):
             identifier: id of the question in results.
             image_number: number of the question's image, as returned by `add_image`; or `NO_IMAGE`.
             question: text of the question.
-            line: line number of the question in its file, for messages; None if the file has no lines.
+            line: line number of the question in its file, for messages; None if the file is not in JSON lines.
         """
         self.add_sample(image_number, question, line)
         self._identifiers.append(json.dumps(identifier))
