@@ -1,4 +1,4 @@
-"""Reduces ZeRO-3's time on the host, without changing results. With a small model, the GPU would wait for the host.
+"""Reduces ZeRO-3's time on the host, without changing results. In small models, the GPU waits for the host.
 
 DeepSpeed's hooks work parameter by parameter. This module replaces the slowest functions that the hooks call. Several
 replacements process many parameters at once. The replacements do not support the DeepSpeed features that

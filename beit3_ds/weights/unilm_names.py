@@ -58,7 +58,7 @@ _HEAD_SIZE = 64  # width of an attention head in the released sizes; a file does
 
 
 def reference_branches(config: ModelConfig, *, fusion: bool = False) -> dict[str, str]:
-    """Returns unilm's branches with their modalities, "A": "vision" and "B": "language".
+    """Maps the names of unilm's branches to their modalities: "A" to "vision", and "B" to "language".
 
     A branch is only included if all blocks of the model have it.
 

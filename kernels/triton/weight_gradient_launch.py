@@ -35,9 +35,8 @@ one per element of the bias."""
 _MOST_SHARES = 16
 _ROUNDING = 64
 _PROGRAM_ROWS = 5
-"""Modelled time of writing and reading one Triton program's partial sums, as a number of rows: the program could
-multiply this many rows in the same time. One row takes 1/128 microsecond. The sums are 64 KB, written and read at 3.35
-TB/s."""
+"""A Triton program multiplies this number of rows in the time that it takes to write and read its partial sums
+(modelled). One row takes 1/128 microsecond. The sums are 64 KB, written and read at 3.35 TB/s."""
 
 
 @Prepared

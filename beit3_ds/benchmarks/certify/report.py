@@ -22,8 +22,8 @@ def write_report(results: ResultsFile, folder: Path, plan: Sequence[Section]) ->
         plan: sections, in the order of the report.
 
     Returns:
-        The names of sections that did not complete, and of sections with a failed measurement or check. A section that
-        lacks a package or a GPU is not in this list.
+        The names of sections that did not complete, and of sections with a failed measurement or check. Exception: a
+        section that could not run, because a package or a GPU is missing, is not in this list.
     """
     lines = list(results.read())
     machines = [_figures(line) for line in lines if line.get("section") == MACHINE.name and "devices" in line]

@@ -91,8 +91,8 @@ def _next_logits(
 ) -> Tensor:
     """Returns the logits of each caption's next token, (captions, vocabulary).
 
-    BEiT-3 predicts the next token at a mask token, which follows the caption's last token. Also adds both of these
-    tokens to the cache, `state`.
+    BEiT-3 predicts the next token at a mask token, which follows the caption's last token. The cache, `state`, gets the
+    last token and the mask token.
     """
     device = next(model.parameters()).device
     tokens = torch.tensor([[caption[-1], model.mask_id] for caption in captions], device=device)

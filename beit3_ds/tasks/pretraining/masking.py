@@ -28,8 +28,8 @@ def block_mask(grid_size: int, num_masked: int, rng: np.random.Generator, min_bl
         grid_size: patches per side of the image.
         num_masked: patches to mask, from 0 to grid_size^2.
         rng: random generator.
-        min_block: minimum area of a block in patches. If fewer patches are left to mask, this is the maximum area
-            instead. Values above `num_masked` count as `num_masked`.
+        min_block: minimum area of a block in patches; the maximum area if fewer patches are left to mask. Values above
+            `num_masked` count as `num_masked`.
 
     Returns:
         True for masked patches, (grid_size^2,) bool, in row-major order.
