@@ -131,8 +131,8 @@ def forward(
 
     Returns:
         Function that computes y_THK and the log-sum-exp of each query's scaled scores. The decorator `Prepared` calls
-        this function, so callers get the results. The log-sum-exp is (H, T) float32. Rows that belong to no sequence
-        are undefined.
+        this function, so callers get the results. The log-sum-exp is (H, T) float32. For tokens that belong to no
+        sequence, both results are undefined.
     """
     num_rows, num_heads, _ = q_THK.shape
     launch = _prepare(_FORWARD, q_THK, tiles_N2, tiling.tile, tiling.forward, causal_captions)

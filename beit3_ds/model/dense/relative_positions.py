@@ -149,8 +149,8 @@ class _AxisPlaces(NamedTuple):
     """Holds the positions of patches along one axis (rows or columns) as table indices and one-hot vectors."""
 
     entries_TA: Tensor
-    """Row numbers in the concatenated tables, (T, A) int64. Entry [t, a] is the row for the distance along the axis
-    between patch t and position a in the same window or image.
+    """Row numbers in the concatenated tables, (T, A) int64. A patch and a position of its window or image have a
+    distance along the axis. Entry [t, a] is the row for the distance of patch t from position a.
 
     The trained table comes first. One resampled copy for each side length in `larger` follows, in the order of
     `larger`. If the side length of the patch's window or image is in `larger`, the entry is a row of the copy for this
