@@ -71,7 +71,7 @@ def evaluate_weights(config: RunConfig, options: argparse.Namespace) -> None:
         options: parsed command-line options (`add_options`).
 
     Raises:
-        ConfigError: if the configuration, a data file or the weights are invalid, or the weights belong to another
+        ConfigError: if the configuration, a data file or the weights are invalid, or if the weights belong to another
             task.
         StoppedBySignal: if a rank received a stop signal; no metrics are then written.
     """
@@ -109,8 +109,8 @@ def open_inputs(config: RunConfig, options: argparse.Namespace) -> Inputs:
         options: parsed command-line options (`add_options`).
 
     Raises:
-        ConfigError: if weights or samples cannot be read, the weights do not fit the configuration, or the split has no
-            sources.
+        ConfigError: if weights or samples cannot be read, if the weights do not fit the configuration, or if the split
+            has no sources.
     """
     launch = read_launch(os.environ)
     data_parallel_size = check_layout(config, launch.world_size)

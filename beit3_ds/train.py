@@ -120,8 +120,8 @@ def check_start(config: RunConfig) -> None:
     """Checks the config, this machine and its software before the data are opened, and creates the output folder.
 
     Raises:
-        ConfigError: if the layout is invalid, the machine has too little memory for its ranks, the optimizer or the
-            kernels are not installed, or the output folder cannot be written.
+        ConfigError: if the layout is invalid, if the machine has too little memory for its ranks, if the optimizer or
+            the kernels are not installed, or if the output folder cannot be written.
     """
     launch = read_launch(os.environ)
     check_layout(config, launch.world_size)

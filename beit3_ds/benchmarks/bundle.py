@@ -80,7 +80,8 @@ def pack_bundle(folder: Path, architecture: int, fetch: Fetch, fill_cache: FillC
         fill_cache: fills the Triton cache.
 
     Raises:
-        ConfigError: if the folder exists, this project is not a git clone, or the bundle is larger than `MAX_BYTES`.
+        ConfigError: if the folder exists, if this project is not a git clone, or if the bundle is larger than
+            `MAX_BYTES`.
     """
     if folder.exists():
         raise ConfigError(f"bundle: {folder} exists. Name a new folder.")

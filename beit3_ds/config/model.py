@@ -218,7 +218,7 @@ def load_model_section(mapping: Any, where: str) -> ModelConfig:
         where: dotted name of the section, for messages.
 
     Raises:
-        ConfigError: if the size or a key is unknown, a value is invalid, or values contradict each other.
+        ConfigError: if the size or a key is unknown, if a value is invalid, or if values contradict each other.
     """
     if isinstance(mapping, Mapping) and "size" in mapping:
         size = mapping["size"]

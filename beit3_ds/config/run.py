@@ -110,7 +110,7 @@ def load_run_config(path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
             from the section "beit3_ds", such as "training.total_steps". VALUE is JSON, or a string without quotes.
 
     Raises:
-        ConfigError: if the file cannot be read or is not valid JSON, a key is unknown, or values are invalid or
+        ConfigError: if the file cannot be read or is not valid JSON, if a key is unknown, or if values are invalid or
             contradict each other.
     """
     path = Path(expand_home(str(path), "the path of the config file"))
@@ -137,7 +137,7 @@ def build_run_config(mapping: Any) -> RunConfig:
     """Builds and checks a run's configuration from the parsed JSON object.
 
     Raises:
-        ConfigError: if a key is unknown, a value is invalid, or values contradict each other.
+        ConfigError: if a key is unknown, if a value is invalid, or if values contradict each other.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"expected a JSON object at the top, got {show(mapping)}.")

@@ -200,7 +200,7 @@ def parse_json_or_text(text: str, where: str) -> Any:
     """Parses `text` as JSON, and returns `text` unchanged if it is not JSON.
 
     Raises:
-        ConfigError: if an object repeats a key, an integer is too large, or nesting is too deep.
+        ConfigError: if an object repeats a key, if an integer is too large, or if nesting is too deep.
     """
     try:
         return _parse(text, where)

@@ -16,8 +16,8 @@ def read_training_lines(config: DataConfig) -> Iterator[str]:
     Broken lines and captions are skipped with a warning.
 
     Raises:
-        ConfigError: if a pattern matches no file, a file cannot be read, or more than `max_broken_records` lines or
-            captions are broken.
+        ConfigError: if a pattern matches no file, if a file cannot be read, or if more than `max_broken_records` lines
+            or captions are broken.
     """
     broken = BrokenLines(config.max_broken_records)
     for path in expand_patterns([source.path for source in config.texts.train]):

@@ -70,7 +70,7 @@ class QuestionAnswerer:
             options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that answers questions, or no list of
+            ConfigError: if a file cannot be read, if the weights have no head that answers questions, or if no list of
                 answers fits the head.
         """
         weights = open_with_head(path, "heads.answers.bias", "answers questions")

@@ -65,8 +65,8 @@ class ImageClassifier:
             options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that classifies, or `names` or `tokenizer`
-                does not fit the head.
+            ConfigError: if a file cannot be read, if the weights have no head that classifies, or if `names` or
+                `tokenizer` does not fit the head.
         """
         if isinstance(names, str) or not names:
             raise ConfigError(f"names of classes: {names!r}. Give a list with the name of each class.")

@@ -54,8 +54,8 @@ class Detector:
             options: device, dtype and sizes (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that detects objects, or faster-coco-eval is
-                not installed.
+            ConfigError: if a file cannot be read, if the weights have no head that detects objects, or if
+                faster-coco-eval is not installed.
         """
         weights = open_with_head(path, _HEAD, "detects objects")
         task = dict(weights.task or {})

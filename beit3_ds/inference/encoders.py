@@ -177,7 +177,7 @@ class FusionEncoder:
             batch_size: number of pairs per batch.
 
         Raises:
-            ConfigError: if there are no pairs, the numbers of images and texts differ, or a text is empty.
+            ConfigError: if there are no pairs, if the numbers of images and texts differ, or if a text is empty.
             OSError: if a file cannot be read.
             ValueError: if an image is broken.
         """

@@ -52,8 +52,8 @@ def read_questions(path: str | Path, folder: str | Path | None = None) -> list[Q
         folder: folder of the images; None takes the folder of the file.
 
     Raises:
-        ConfigError: if the file cannot be read, a question is missing or empty, an image does not exist, or an id
-            occurs twice. The message names the file and the line.
+        ConfigError: if the file cannot be read, if a question is missing or empty, if an image does not exist, or if an
+            id occurs twice. The message names the file and the line.
     """
     base, questions, lines = Path(folder or Path(path).parent), [], dict[int | str, int]()
     for line, found in iterate_json_lines(str(path), {"question": str, "image": str}):

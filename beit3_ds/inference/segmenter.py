@@ -55,8 +55,8 @@ class Segmenter:
             options: `device`, `dtype` and `image_size` (`LoadOptions`).
 
         Raises:
-            ConfigError: if a file cannot be read, the weights have no head that segments images, or transformers is not
-                installed.
+            ConfigError: if a file cannot be read, if the weights have no head that segments images, or if transformers
+                is not installed.
         """
         weights = open_with_head(path, _HEAD, "segments images")
         task = dict(weights.task or {})

@@ -202,8 +202,8 @@ def check_tensors(where: str, found: Mapping[str, torch.Size], wanted: Mapping[s
         Names of the head and final-norm parameters that the file lacks. Some fine-tuned releases lack these parameters.
 
     Raises:
-        ConfigError: if the file lacks a parameter outside the head and the final norm, a tensor is unknown, or a shape
-            differs.
+        ConfigError: if the file lacks a parameter outside the head and the final norm, if a tensor is unknown, or if a
+            shape differs.
     """
     missing = [name for name in wanted if name not in found]
     absent = [name for name in missing if name.startswith(REPLACEABLE)]

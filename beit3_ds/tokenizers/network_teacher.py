@@ -88,8 +88,8 @@ def load_network_teacher(config: TeacherConfig, grid_size: int, device: torch.de
         device: device of the network.
 
     Raises:
-        ConfigError: if the library is not installed, the network or its weights cannot be loaded, or the network has no
-            patches.
+        ConfigError: if the library is not installed, if the network or its weights cannot be loaded, or if the network
+            has no patches.
     """
     library, _, name = config.teacher.partition(":")
     loaders = {"timm": _load_timm, "open_clip": _load_open_clip, "transformers": _load_transformers}

@@ -36,7 +36,7 @@ def import_released_tokenizer(
         teacher: name of the teacher in the tokenizer's description; the default is the teacher of the `_clip` files.
 
     Raises:
-        ConfigError: if the file cannot be read, the codebook is not trained, or the tensors do not match.
+        ConfigError: if the file cannot be read, if the codebook is not trained, or if the tensors do not match.
     """
     released = read_tensors(source)
     try:

@@ -36,7 +36,8 @@ def build_teacher(config: TeacherConfig, visual: VisualTokenizerConfig, device: 
         device: device of the teacher.
 
     Raises:
-        ConfigError: if the teacher's library is missing, the weights do not fit, or the network has no patch features.
+        ConfigError: if the teacher's library is missing, if the weights do not fit, or if the network has no patch
+            features.
     """
     if config.teacher == "oriented_gradients":
         return OrientedGradients(visual.patch_size)

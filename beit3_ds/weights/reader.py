@@ -135,8 +135,8 @@ def open_weights(path: str | Path, *, averages: bool = False, best: bool = False
         best: whether to open the best checkpoint of a run (`training.best_metric`) instead of the newest.
 
     Raises:
-        ConfigError: if the path contains no weights, the checkpoint is incomplete or damaged, or the requested averages
-            or best checkpoint do not exist.
+        ConfigError: if the path contains no weights, if the checkpoint is incomplete or damaged, or if the requested
+            averages or best checkpoint do not exist.
     """
     path = Path(path)
     if is_checkpoint(path):

@@ -89,7 +89,7 @@ class ReleasedFile:
             path: unilm's `answer2label.txt`, or the `answers.jsonl` of a run.
 
         Raises:
-            ConfigError: if the weights have no VQAv2 head, the list cannot be read, or the list and the head have
+            ConfigError: if the weights have no VQAv2 head, if the list cannot be read, or if the list and the head have
                 different lengths.
         """
         if self.task["name"] != "vqa":

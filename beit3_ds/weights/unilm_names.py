@@ -146,8 +146,8 @@ def read_architecture(shapes: Shapes, where: str) -> ModelConfig:
         where: name of the file, for messages.
 
     Raises:
-        ConfigError: if a tensor that determines a size is missing, the sizes contradict each other, or the hidden size
-            is neither in `MODEL_SIZES` nor a multiple of 64.
+        ConfigError: if a tensor that determines a size is missing, if the sizes contradict each other, or if the hidden
+            size is neither in `MODEL_SIZES` nor a multiple of 64.
     """
     image_table, text_table = POSITION_TABLES
     try:

@@ -52,8 +52,8 @@ def certify(
         GPU counts as complete.
 
     Raises:
-        ConfigError: if a name in `only` is unknown, the folder contains other files, or the results are from another
-            machine.
+        ConfigError: if a name in `only` is unknown, if the folder contains other files, or if the results are from
+            another machine.
     """
     if unknown := [name for name in only if name not in [section.name for section in plan]]:
         names = ", ".join(repr(section.name) for section in plan)

@@ -59,7 +59,7 @@ def benchmark_finetune(
             not measured, for example because the package transformers is missing.
 
     Raises:
-        ConfigError: if torchscale is not installed, the size is unknown, or the JSON file cannot be written.
+        ConfigError: if torchscale is not installed, if the size is unknown, or if the JSON file cannot be written.
     """
     for task in CASES:
         case_config(task, size, image_size)

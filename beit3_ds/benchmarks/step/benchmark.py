@@ -51,7 +51,7 @@ def benchmark_train(
             by the reference's.
 
     Raises:
-        ConfigError: if torchscale is not installed, the size is unknown, or the JSON file cannot be written.
+        ConfigError: if torchscale is not installed, if the size is unknown, or if the JSON file cannot be written.
     """
     step_config(size, samples)
     check_torchscale()

@@ -66,7 +66,8 @@ class Attempt:
         """Runs the attempt until all ranks have ended, and returns the outcome.
 
         Raises:
-            OSError: if the log folder cannot be written, the port is taken, or DeepSpeed's launcher is not installed.
+            OSError: if the log folder cannot be written, if the port is taken, or if DeepSpeed's launcher is not
+                installed.
         """
         plan = self._plan
         token_path = plan.log_dir / "token"

@@ -22,7 +22,7 @@ def forwarded_environment(environment: Mapping[str, str], wanted: Sequence[str] 
             taken from `environment`.
 
     Raises:
-        ConfigError: if a name in `wanted` is invalid, a plain NAME is not in `environment`, or a line of
+        ConfigError: if a name in `wanted` is invalid, if a plain NAME is not in `environment`, or if a line of
             `.deepspeed_env` is not NAME=VALUE.
     """
     chosen = {name: value for name, value in environment.items() if name in FORWARDED_NAMES}

@@ -117,7 +117,7 @@ def read_conceptual_captions(
         columns: order of the columns: `caption_url` for Conceptual Captions, `url_caption` for Conceptual 12M.
 
     Raises:
-        ConfigError: if the file cannot be read, the columns are in the other order, or the folder has no images.
+        ConfigError: if the file cannot be read, if the columns are in the other order, or if the folder has no images.
     """
     samples = CollectedAnnotations(table, folder)
     with reading_as(table, f"lines of {columns.replace('_', ', tab, ')}"):

@@ -92,8 +92,8 @@ def read_coco_images(path: str, folder: str) -> CaptionedImages:
         folder: folder that contains the images.
 
     Raises:
-        ConfigError: if the file cannot be read or has another form, an image occurs twice, a caption is empty, or a
-            caption belongs to an unlisted image. The message names the entry.
+        ConfigError: if the file cannot be read or has another form, if an image occurs twice, if a caption is empty, or
+            if a caption belongs to an unlisted image. The message names the entry.
     """
     samples = CaptionedImages(path, folder)
     with reading_as(path, _COCO):

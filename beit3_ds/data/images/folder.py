@@ -40,7 +40,7 @@ class ImageFolder:
         """Lists the folder; opens no image.
 
         Raises:
-            ConfigError: if the path is not a folder, the folder cannot be read, or the folder contains no image.
+            ConfigError: if the path is not a folder, if the folder cannot be read, or if the folder contains no image.
             StorageError: if the file system fails.
         """
         self._folder = open_folder(path)

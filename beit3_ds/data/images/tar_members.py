@@ -50,8 +50,8 @@ def iterate_tar_members(descriptor: int) -> Iterator[TarMember]:
     Memory and time are bounded by the size of the file.
 
     Raises:
-        TarError: if a header is damaged, the file is truncated, or the end-of-archive block is missing or followed by
-            data.
+        TarError: if a header is damaged, if the file is truncated, or if the end-of-archive block is missing or
+            followed by data.
     """
     file_size = os.fstat(descriptor).st_size
     position, extended = 0, _Extended()

@@ -26,8 +26,8 @@ def prepare_annotations(config: DataConfig, *, verify: bool = False) -> str:
         One summary line, and one line per source with missing images. Empty if there are no tables to write or verify.
 
     Raises:
-        ConfigError: if a file cannot be read, a folder contains none of the images, or `verify` finds a table that no
-            longer fits the annotation files or the image folder.
+        ConfigError: if a file cannot be read, if a folder contains none of the images, or if `verify` finds a table
+            that no longer fits the annotation files or the image folder.
     """
     assert config.cache_dir is not None, "tables need data.cache_dir"
     tables = {source_table(source, config.cache_dir): source for source in _annotated_sources(config)}

@@ -97,8 +97,8 @@ def prepare_texts(
         piece_bytes: bytes per piece; must be equal for all shares.
 
     Raises:
-        ConfigError: if `data.cache_dir` is not set, a file cannot be read, or more than `data.max_broken_records` lines
-            are broken.
+        ConfigError: if `data.cache_dir` is not set, if a file cannot be read, or if more than `data.max_broken_records`
+            lines are broken.
     """
     if data.cache_dir is None:
         raise ConfigError("data.cache_dir is not set: name the folder for the token files in the config.")

@@ -90,7 +90,8 @@ def build_stream(config: RunConfig, tokenizer: TextTokenizer, mask_ratio: float,
     Training images are augmented. Images of other splits are resized without cropping.
 
     Raises:
-        ConfigError: if a file cannot be read, an image is missing, or a training or validation image has no captions.
+        ConfigError: if a file cannot be read, if an image is missing, or if a training or validation image has no
+            captions.
     """
     data, sources = config.data, getattr(config.data.pairs, split)
     if not sources:

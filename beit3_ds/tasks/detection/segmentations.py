@@ -118,7 +118,7 @@ def _count_pixels(counts: bytes) -> int:
     difference from the run length two runs before.
 
     Raises:
-        ValueError: if a character is invalid, the last number is cut off, or a run length is negative.
+        ValueError: if a character is invalid, if the last number is cut off, or if a run length is negative.
     """
     lengths, value, shift = [0, 0], 0, 0
     for character in counts:

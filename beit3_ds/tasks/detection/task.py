@@ -148,8 +148,8 @@ class Detection(Task):
         """Opens the images and objects that a rank reads.
 
         Raises:
-            ConfigError: if a file cannot be read, an image is missing, two files have different categories, the weights
-                were trained for other categories, or the number of categories is not `task.num_classes`.
+            ConfigError: if a file cannot be read, if an image is missing, if two files have different categories, if
+                the weights were trained for other categories, or if the number of categories is not `task.num_classes`.
         """
         config, settings = self.config, self.settings
         if not share.reads:

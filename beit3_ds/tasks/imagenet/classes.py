@@ -32,7 +32,7 @@ class ClassList:
             where: file with the classes, for messages.
 
         Raises:
-            ConfigError: if there are no classes, a key occurs twice, or a class has no name.
+            ConfigError: if there are no classes, if a key occurs twice, or if a class has no name.
         """
         self.classes, self.where = tuple(classes), where
         if not self.classes:

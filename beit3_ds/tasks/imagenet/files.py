@@ -158,8 +158,8 @@ def read_class_lines(path: str, folder: str, classes: ClassList) -> LabelledImag
         classes: the list of classes.
 
     Raises:
-        ConfigError: if the file cannot be read, a line lacks a key or has an invalid value, an image occurs twice, or a
-            class is unknown; the message names the line.
+        ConfigError: if the file cannot be read, if a line lacks a key or has an invalid value, if an image occurs
+            twice, or if a class is unknown; the message names the line.
     """
     samples, labels = CollectedAnnotations(path, folder), array("i")
     lines: dict[str, int] = {}

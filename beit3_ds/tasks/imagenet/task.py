@@ -149,8 +149,8 @@ class Imagenet(Task):
         """Opens the tokenizer and the images that a rank reads.
 
         Raises:
-            ConfigError: if a file cannot be read, the class of an image is unknown, a class name has no tokens, or the
-                weights have a linear layer for other classes.
+            ConfigError: if a file cannot be read, if the class of an image is unknown, if a class name has no tokens,
+                or if the weights have a linear layer for other classes.
         """
         self._check_weights()
         config, classes, texts = self.config, self.classes, self._encode()

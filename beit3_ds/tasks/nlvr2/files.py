@@ -204,8 +204,8 @@ def read_nlvr2(path: str, folder: str) -> Statements:
             entry's images.
 
     Raises:
-        ConfigError: if the file cannot be read, a line does not have NLVR2's form, or an identifier occurs twice; the
-            message names the line.
+        ConfigError: if the file cannot be read, if a line does not have NLVR2's form, or if an identifier occurs twice;
+            the message names the line.
     """
     samples = Statements(path, folder)
     prefixes: dict[str, str] = {}
@@ -250,8 +250,8 @@ def read_statement_lines(path: str, folder: str) -> Statements:
         folder: folder of the images.
 
     Raises:
-        ConfigError: if the file cannot be read, a line lacks a key or has an invalid value, or an id occurs twice; the
-            message names the line.
+        ConfigError: if the file cannot be read, if a line lacks a key or has an invalid value, or if an id occurs
+            twice; the message names the line.
     """
     samples = Statements(path, folder)
     for number, line in iterate_json_lines(path, {"left": str, "right": str, "sentence": str}):

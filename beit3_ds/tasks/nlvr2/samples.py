@@ -114,7 +114,7 @@ def build_stream(config: RunConfig, tokenizer: TextTokenizer, split: Split) -> d
     Training images are augmented. Images of other splits are resized without cropping.
 
     Raises:
-        ConfigError: if a file cannot be read, an image is missing, or a training sample has no label.
+        ConfigError: if a file cannot be read, if an image is missing, or if a training sample has no label.
     """
     sources = getattr(config.data.pairs, split)
     if not sources:

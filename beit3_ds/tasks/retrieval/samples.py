@@ -121,7 +121,7 @@ def open_sources(data: DataConfig, split: Split) -> list[ImageSource]:
     """Opens the sources of a split.
 
     Raises:
-        ConfigError: if a file cannot be read, an image is missing, or an image has no captions.
+        ConfigError: if a file cannot be read, if an image is missing, or if an image has no captions.
     """
     sources, files = getattr(data.pairs, split), OpenFiles(data.max_open_files)
     check_no_sample_twice(sources)

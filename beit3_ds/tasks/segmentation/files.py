@@ -59,9 +59,9 @@ class LabelMaps:
                 have an unknown class.
 
         Raises:
-            ConfigError: if a required label map is missing, an image is too small or too large, or a label map and its
-                image differ in size. Looks for the label maps of all images, but checks the sizes of at most 1000
-                images.
+            ConfigError: if a required label map is missing, if an image is too small or too large, or if a label map
+                and its image differ in size. Looks for the label maps of all images, but checks the sizes of at most
+                1000 images.
         """
         self.images, self._num_classes, self._zero_is_ignored = images, num_classes, zero_is_ignored
         self._labels = open_folder(folder)
@@ -118,8 +118,8 @@ class LabelMaps:
             The image in RGB, and the class of each pixel, (height, width) uint8, `IGNORED` where unknown.
 
         Raises:
-            BrokenRecordError: if the image or the label map cannot be read, their sizes differ, a value is not a class,
-                or the image is too small or too large.
+            BrokenRecordError: if the image or the label map cannot be read, if their sizes differ, if a value is not a
+                class, or if the image is too small or too large.
             StorageError: if the file system fails.
         """
         image = self.images.image(index)
@@ -255,8 +255,8 @@ def open_label_maps(source: SourceConfig, num_classes: int, *, is_complete: bool
         is_complete: whether each image must have a label map.
 
     Raises:
-        ConfigError: if the source has the wrong keys for its format, a folder cannot be read, label maps are missing,
-            or an image or label map has a wrong size.
+        ConfigError: if the source has the wrong keys for its format, if a folder cannot be read, if label maps are
+            missing, or if an image or label map has a wrong size.
     """
     if source.format == "ade20k":
         if not source.split or source.annotations or source.images:

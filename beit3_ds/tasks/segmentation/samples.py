@@ -128,7 +128,8 @@ def build_streams(
         The samples, under the key "images"; empty if the split has no sources.
 
     Raises:
-        ConfigError: if a folder cannot be read, label maps are missing, or an image or label map has a wrong size.
+        ConfigError: if a folder cannot be read, if label maps are missing, or if an image or label map has a wrong
+            size.
     """
     augmentation = build_augmentation(config, settings) if split == "train" else None
     samples = [
@@ -147,8 +148,8 @@ def open_split(config: RunConfig, settings: SegmentationConfig, split: Split) ->
     """Opens the sources of a split; images of "test" need no label maps.
 
     Raises:
-        ConfigError: if two sources share samples, a source has the wrong keys for its format, a folder cannot be read,
-            label maps are missing, or an image or label map has a wrong size.
+        ConfigError: if two sources share samples, if a source has the wrong keys for its format, if a folder cannot be
+            read, if label maps are missing, or if an image or label map has a wrong size.
     """
     sources = getattr(config.data.images, split)
     check_no_sample_twice(sources)

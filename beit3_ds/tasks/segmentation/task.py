@@ -160,8 +160,8 @@ class Segmentation(Task):
         """Opens the images that a rank reads.
 
         Raises:
-            ConfigError: if a folder cannot be read, label maps are missing, an image or label map has a wrong size, or
-                the weights were trained for other classes.
+            ConfigError: if a folder cannot be read, if label maps are missing, if an image or label map has a wrong
+                size, or if the weights were trained for other classes.
         """
         config, settings = self.config, self.settings
         self._check_weights()

@@ -155,7 +155,8 @@ class VisualTokenizerTask(Task):
         """Checks that the configuration has all keys that this task needs, and only keys that the task supports.
 
         Raises:
-            ConfigError: if a needed key is missing, an unsupported key is present, or `continuous_steps` is too large.
+            ConfigError: if a needed key is missing, if an unsupported key is present, or if `continuous_steps` is too
+                large.
         """
         super().__init__(config)
         _check_sections(config)

@@ -150,8 +150,8 @@ def read_vqav2(questions: str, annotations: str, images: str, split: str = "") -
             used.
 
     Raises:
-        ConfigError: if a file cannot be read or does not have the official form, a question occurs twice, or the two
-            files have different questions; the message names the entry.
+        ConfigError: if a file cannot be read or does not have the official form, if a question occurs twice, or if the
+            two files have different questions; the message names the entry.
     """
     split = split or _split_of(questions)
     prefix = f"{split}/" if os.path.isdir(os.path.join(images, split)) else ""
@@ -260,8 +260,8 @@ def read_vqa_lines(path: str, folder: str) -> VqaQuestions:
         folder: folder of the images.
 
     Raises:
-        ConfigError: if the file cannot be read, a line lacks a key or has an invalid value, an id occurs twice, or only
-            some questions have answers; the message names the line.
+        ConfigError: if the file cannot be read, if a line lacks a key or has an invalid value, if an id occurs twice,
+            or if only some questions have answers; the message names the line.
     """
     samples = VqaQuestions(path, folder)
     places: dict[object, int] = {}

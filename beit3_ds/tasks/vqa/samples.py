@@ -107,8 +107,8 @@ def open_questions(source: SourceConfig) -> VqaQuestions:
     """Opens a source of questions, and checks all entries and that all images exist.
 
     Raises:
-        ConfigError: if a file cannot be read, an image is missing, or a question is empty; the message names the file
-            and the entry.
+        ConfigError: if a file cannot be read, if an image is missing, or if a question is empty; the message names the
+            file and the entry.
     """
     _check_keys(source)
     match source.format:

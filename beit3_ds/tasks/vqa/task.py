@@ -103,8 +103,8 @@ class Vqa(Task):
         """Opens the questions that a rank reads, and determines the answer list.
 
         Raises:
-            ConfigError: if a file cannot be read, an image is missing, training or validation questions have no
-                answers, or the answer list does not fit the head or the weights.
+            ConfigError: if a file cannot be read, if an image is missing, if training or validation questions have no
+                answers, or if the answer list does not fit the head or the weights.
         """
         config, tokenizer = self.config, load_text_tokenizer(self.config)
         files = {"tokenizers.text.path": config.tokenizers.text.path}
