@@ -35,8 +35,8 @@ one per element of the bias."""
 _MOST_SHARES = 16
 _ROUNDING = 64
 _PROGRAM_ROWS = 5
-"""A Triton program multiplies this number of rows in the time that it takes to write and read its partial sums
-(modelled). One row takes 1/128 microsecond. The sums are 64 KB, written and read at 3.35 TB/s."""
+"""Modelled cost of one Triton program's partial sums. The unit is the time in which the program multiplies one row:
+1/128 microsecond. The sums have 64 KB; writing and reading them at 3.35 TB/s takes 5 units."""
 
 
 @Prepared
