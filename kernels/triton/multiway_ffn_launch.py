@@ -91,7 +91,7 @@ def candidate_tiles(kernel: Any, architecture: int, dtype: torch.dtype) -> list[
 
 @Prepared
 def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """Applies each expert's linear layer to its own rows: y_TF = x_TD @ w_FD.T + b_F.
+    """Prepares the computation of each expert's linear layer on its own rows: y_TF = x_TD @ w_FD.T + b_F.
 
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
@@ -100,7 +100,7 @@ def linear(x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequ
         biases: one vector (F,) per expert; empty for no biases.
 
     Returns:
-        Function that computes y_TF. The decorator `Prepared` calls this function, so callers get the result.
+        Function that computes y_TF. A call of the decorated name (`Prepared`) prepares and computes in one step.
     """
     return out_projection.prepare(x_TD, slices, weights, biases, None, None)
 
@@ -114,7 +114,8 @@ def out_projection(
     residual_TD: Tensor | None,
     factor_T: Tensor | None,
 ) -> Callable[..., Tensor]:
-    """Computes y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert. All tensors are contiguous.
+    """Prepares the computation of y_TD = residual + factor * (a @ w_DF.T + b) with each row's expert. All tensors are
+    contiguous.
 
     Args:
         a_TF: input rows.
@@ -126,7 +127,7 @@ def out_projection(
         factor_T: drop-path factor of each row in any floating dtype; None means 1.
 
     Returns:
-        Function that computes y_TD. The decorator `Prepared` calls this function, so callers get the result.
+        Function that computes y_TD. A call of the decorated name (`Prepared`) prepares and computes in one step.
     """
     (out_width, in_width), flags = weights[0].shape, (bool(biases), residual_TD is not None, factor_T is not None)
     launch = _prepare_rows(_PROJECTION, a_TF, slices, out_width, (out_width, in_width, *flags))
@@ -153,7 +154,8 @@ def out_projection(
 def up_projection(
     h_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Computes u_TF = h @ w.T + b with each row's expert, and a_TF = gelu(u_TF) with the exact (erf) GELU.
+    """Prepares the computation of u_TF = h @ w.T + b with each row's expert, and a_TF = gelu(u_TF) with the exact (erf)
+    GELU.
 
     Args:
         h_TD: input rows, contiguous.
@@ -162,7 +164,8 @@ def up_projection(
         biases: one vector (F,) per expert; empty for no biases.
 
     Returns:
-        Function that computes u_TF and a_TF. The decorator `Prepared` calls this function, so callers get the results.
+        Function that computes u_TF and a_TF. A call of the decorated name (`Prepared`) prepares and computes in one
+        step.
     """
     (num_rows, width), out_width = h_TD.shape, weights[0].shape[0]
     launch = _prepare_rows(_UP_PROJECTION, h_TD, slices, out_width, (out_width, width, bool(biases)))
@@ -180,7 +183,7 @@ def up_projection(
 def input_gradient(
     dy_TD: Tensor, factor_T: Tensor | None, slices: Slices, weights: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
-    """Computes the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
+    """Prepares the computation of the gradient of a linear layer's input: dx_TF = factor * dy_TD @ w_DF.
 
     Args:
         dy_TD: gradient of the layer's output, contiguous.
@@ -189,7 +192,7 @@ def input_gradient(
         weights: one matrix (D, F) per expert, for output width D and input width F.
 
     Returns:
-        Function that computes dx_TF. The decorator `Prepared` calls this function, so callers get the result.
+        Function that computes dx_TF. A call of the decorated name (`Prepared`) prepares and computes in one step.
     """
     num_rows, (out_width, in_width) = len(dy_TD), weights[0].shape
     launch = _prepare_rows(_INPUT_GRADIENT, dy_TD, slices, in_width, (in_width, out_width, factor_T is not None))

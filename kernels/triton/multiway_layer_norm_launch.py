@@ -35,7 +35,7 @@ def forward(
     tiling: RowTiling,
     gelu: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Applies each expert's LayerNorm to the expert's rows.
+    """Prepares the computation of each expert's LayerNorm on the expert's rows.
 
     Args:
         x_TD: rows, contiguous, in float32 or in the parameters' dtype.
@@ -47,8 +47,8 @@ def forward(
         gelu: whether to normalise GELU(x) instead of x.
 
     Returns:
-        Function that computes h_TD and the statistics. The decorator `Prepared` calls this function, so callers get the
-        results. The statistics are (2, T) float32: the mean of each row, then 1 / standard deviation of each row.
+        Function that computes h_TD and the statistics. A call of the decorated name (`Prepared`) prepares and computes
+        in one step. The statistics are (2, T) float32: the mean of each row, then 1 / standard deviation of each row.
     """
     num_rows, dtype = len(x_TD), weights[0].dtype
     programs, launch = prepare_rows(_FORWARD, tuple(stops), x_TD.shape[1], tiling, (epsilon, gelu))
@@ -77,7 +77,8 @@ def backward(
     *,
     in_place: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Computes the gradients of rows, scales and shifts. Uses no atomics, so the results are deterministic.
+    """Prepares the computation of the gradients of rows, scales and shifts. Uses no atomics, so the results are
+    deterministic.
 
     Args:
         dh_TD: gradient of the normalised rows h, contiguous.
@@ -88,8 +89,8 @@ def backward(
         in_place: whether to store dx in the memory of dh.
 
     Returns:
-        Function that computes dx_TD, and the gradients of scales and shifts. The decorator `Prepared` calls this
-        function, so callers get the results. These gradients are (2, E, D) in the scales' dtype.
+        Function that computes dx_TD, and the gradients of scales and shifts. A call of the decorated name (`Prepared`)
+        prepares and computes in one step. These gradients are (2, E, D) in the scales' dtype.
     """
     (num_rows, width), flags = x_TD.shape, (d_residual_TD is not None, gelu)
     programs, launch = prepare_rows(_BACKWARD, tuple(stops), width, tiling, flags, is_backward=True, takes_count=True)

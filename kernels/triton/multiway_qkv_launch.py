@@ -27,7 +27,7 @@ NUM_LAYERS = 3
 def qkv(
     x_TD: Tensor, slices: Slices, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Computes q_TF, k_TF and v_TF: each expert's three linear layers, applied to the expert's rows.
+    """Prepares the computation of q_TF, k_TF and v_TF: each expert's three linear layers, applied to the expert's rows.
 
     Args:
         x_TD: rows in bfloat16, float16 or float32. All tensors have this dtype and are contiguous.
@@ -36,8 +36,8 @@ def qkv(
         biases: vectors (F,), in the order of `weights`.
 
     Returns:
-        Function that computes q_TF, k_TF and v_TF. The decorator `Prepared` calls this function, so callers get the
-        results.
+        Function that computes q_TF, k_TF and v_TF. A call of the decorated name (`Prepared`) prepares and computes in
+        one step.
     """
     num_rows, (out_width, in_width) = len(x_TD), weights[0].shape
     launch = _prepare(_QKV, x_TD, slices, out_width, in_width, NUM_LAYERS)
@@ -57,7 +57,8 @@ def qkv(
 def qkv_input_gradient(
     dq_TF: Tensor, dk_TF: Tensor, dv_TF: Tensor, slices: Slices, weights: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
-    """Computes the gradient of the three layers' common input: dx_TD = dq @ w_q + dk @ w_k + dv @ w_v.
+    """Prepares the computation of the gradient of the three layers' common input: dx_TD = dq @ w_q + dk @ w_k + dv @
+    w_v.
 
     Args:
         dq_TF: gradient of the queries, contiguous.
@@ -67,7 +68,7 @@ def qkv_input_gradient(
         weights: matrices (F, D), in the same order as for `qkv`.
 
     Returns:
-        Function that computes dx_TD. The decorator `Prepared` calls this function, so callers get the result.
+        Function that computes dx_TD. A call of the decorated name (`Prepared`) prepares and computes in one step.
     """
     num_rows, (out_width, in_width) = len(dq_TF), weights[0].shape
     launch = _prepare(_INPUT_GRADIENT, dq_TF, slices, in_width, out_width, 1)

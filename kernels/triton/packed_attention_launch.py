@@ -120,7 +120,7 @@ def forward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Computes the attention output and the log-sum-exp of each query.
+    """Prepares the computation of the attention output and the log-sum-exp of each query.
 
     Args:
         q_THK: queries, contiguous. The same applies to keys k_THK and values v_THK.
@@ -130,8 +130,8 @@ def forward(
         causal_captions: whether captions have a causal mask (see `packed_attention`).
 
     Returns:
-        Function that computes y_THK and the log-sum-exp of each query's scaled scores. The decorator `Prepared` calls
-        this function, so callers get the results. The log-sum-exp is (H, T) float32. For tokens that belong to no
+        Function that computes y_THK and the log-sum-exp of each query's scaled scores. A call of the decorated name
+        (`Prepared`) prepares and computes in one step. The log-sum-exp is (H, T) float32. For tokens that belong to no
         sequence, both results are undefined.
     """
     num_rows, num_heads, _ = q_THK.shape
@@ -161,7 +161,8 @@ def backward(
     tiling: AttentionTiling,
     causal_captions: bool,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Computes the gradients dq, dk and dv. The kernels use no atomics, so the results are deterministic.
+    """Prepares the computation of the gradients dq, dk and dv. The kernels use no atomics, so the results are
+    deterministic.
 
     Args:
         dy_THK: gradient of y_THK.
@@ -170,7 +171,8 @@ def backward(
         lse_HT: log-sum-exp that `forward` returned.
 
     Returns:
-        Function that computes dq, dk and dv. The decorator `Prepared` calls this function, so callers get the results.
+        Function that computes dq, dk and dv. A call of the decorated name (`Prepared`) prepares and computes in one
+        step.
     """
     kernels = (_QUERY_GRADIENT, tiling.query_gradient), (_KEY_VALUE_GRADIENT, tiling.key_value_gradient)
     launch_query, launch_key_value = (

@@ -33,7 +33,7 @@ def forward(
     factor_T: Tensor | None,
     tiling: RowTiling,
 ) -> Callable[..., Tensor]:
-    """Computes y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
+    """Prepares the computation of y_TD = residual + factor * (partial + bias), with the bias of each row's expert.
 
     Args:
         residual_TD: residual stream, contiguous.
@@ -44,7 +44,7 @@ def forward(
         tiling: compile and launch settings of the kernel.
 
     Returns:
-        Function that computes y_TD. The decorator `Prepared` calls this function, so callers get the result.
+        Function that computes y_TD. A call of the decorated name (`Prepared`) prepares and computes in one step.
     """
     flags = (factor_T is not None,)
     programs, launch = prepare_rows(_FORWARD, tuple(stops), residual_TD.shape[1], tiling, flags)
@@ -71,7 +71,8 @@ def forward(
 def backward(
     dy_TD: Tensor, stops: Sequence[int], factor_T: Tensor | None, tiling: RowTiling, dtype: torch.dtype
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Computes the gradients of the branch and of the biases. The kernel uses no atomics, so results are deterministic.
+    """Prepares the computation of the gradients of the branch and of the biases. The kernel uses no atomics, so results
+    are deterministic.
 
     Args:
         dy_TD: gradient of y, contiguous.
@@ -81,8 +82,8 @@ def backward(
         dtype: dtype of the branch and of the results.
 
     Returns:
-        Function that computes the branch's gradient d_partial_TD, and the gradients of the biases, (E, D). The
-        decorator `Prepared` calls this function, so callers get the results. If `factor_T` is None, d_partial_TD is not
+        Function that computes the branch's gradient d_partial_TD, and the gradients of the biases, (E, D). A call of
+        the decorated name (`Prepared`) prepares and computes in one step. If `factor_T` is None, d_partial_TD is not
         computed and has no rows, because the branch's gradient is dy_TD itself.
     """
     width, flags = dy_TD.shape[1], (factor_T is not None,)

@@ -43,7 +43,8 @@ _PROGRAM_ROWS = 5
 def weight_gradient(
     gradients: Sequence[Tensor], factor_T: Tensor | None, x_TI: Tensor, slices: Slices, with_bias: bool
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
-    """Computes each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor * dy)[rows].
+    """Prepares the computation of each expert's dW = (factor * dy)[rows].T @ x[rows], and db, the sum of (factor *
+    dy)[rows].
 
     Results are deterministic for given numbers of rows, which determine the order of summation.
 
@@ -56,9 +57,9 @@ def weight_gradient(
         with_bias: whether to compute db.
 
     Returns:
-        Function that computes two lists. The decorator `Prepared` calls this function, so callers get the results. The
-        first has dW (OUT, IN) for all experts of the first layer, then of the second layer, and so on. The second has
-        db (OUT,) in this order; it is empty if `with_bias` is false. All results are views of one tensor.
+        Function that computes two lists. A call of the decorated name (`Prepared`) prepares and computes in one step.
+        The first has dW (OUT, IN) for all experts of the first layer, then of the second layer, and so on. The second
+        has db (OUT,) in this order; it is empty if `with_bias` is false. All results are views of one tensor.
     """
     dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
     out_width, dtype, architecture = dy_TO.shape[1], dy_TO.dtype, architecture_of(dy_TO.device)
