@@ -88,8 +88,8 @@ def _distance(config: RunConfig, other: RunConfig, world_size: int) -> tuple[flo
     """Returns how much the layout of `other` differs from the layout of `config`, as a sort key.
 
     The first number adds one per doubling or halving of a parallel size, and a quarter per doubling or halving of the
-    number of micro-batches. If `other` is another configuration and divides the samples of a step unevenly, one more is
-    added. The second number is the model-parallel size of `other`, and orders layouts that are equally similar.
+    number of micro-batches. One more is added if `other` divides the samples of a step unevenly, unless `other` equals
+    `config`. The second number is the model-parallel size of `other`, and orders layouts that are equally similar.
     """
 
     def doublings(a: int, b: int) -> float:

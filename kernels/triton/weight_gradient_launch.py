@@ -57,9 +57,10 @@ def weight_gradient(
         with_bias: whether to compute db.
 
     Returns:
-        Function that computes two lists. A call of the decorated name (`Prepared`) prepares and computes in one step.
-        The first has dW (OUT, IN) for all experts of the first layer, then of the second layer, and so on. The second
-        has db (OUT,) in this order; it is empty if `with_bias` is false. All results are views of one tensor.
+        Function that computes a list of dW and a list of db. A call of the decorated name (`Prepared`) prepares and
+        computes in one step. The list of dW, (OUT, IN) each, has those of all experts of the first layer, then those of
+        the second layer, and so on. The list of db, (OUT,) each, has the same order; it is empty if `with_bias` is
+        false. All results are views of one tensor.
     """
     dy_TO, in_width, num_layers, num_experts = gradients[0], x_TI.shape[1], len(gradients), len(slices)
     out_width, dtype, architecture = dy_TO.shape[1], dy_TO.dtype, architecture_of(dy_TO.device)
