@@ -31,8 +31,9 @@ class ParallelConfig:
     Shoeybi et al., 2019, arXiv:1909.08053). These ranks communicate in every layer, so they should be on one node."""
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks also divide the activations outside attention and FFN, along the sequence
-    (Korthikanti et al., 2022, arXiv:2205.05198). Compared with tensor parallelism alone, this needs less memory for
-    activations, and sends as many bytes. Off by default, because the option changes the rounding of sums."""
+    (Korthikanti et al., 2022, arXiv:2205.05198). This reduces the memory for activations, and ranks send the same
+    number of bytes as with tensor parallelism alone. Off by default, because the option changes the rounding of sums.
+    """
     pipeline_parallel_size: Ranks = 1
     """Number of pipeline stages over which the layers are divided (1F1B: Narayanan et al., 2021, arXiv:2104.04473).
     Must not exceed the number of micro-batches (`gradient_accumulation_steps`)."""

@@ -202,12 +202,10 @@ def _validation_bytes(task: Task, data_parallel_size: int, views: ImageViews) ->
     config = task.config
     if not task.has_validation_loss:
         return 0
-    images_per_sample = [(config.data.images, 1), (config.data.pairs, task.pairs_per_sample)]
-    images = sum(
-        -(-config.training.loss_samples // data_parallel_size) * images
-        for stream, images in images_per_sample
-        if stream.validation
-    )
+    samples = -(-config.training.loss_samples // data_parallel_size)  # of each kind
+    images = samples if config.data.images.validation else 0
+    if config.data.pairs.validation:
+        images += samples * task.pairs_per_sample
     return images * image_bytes(config, views)
 
 

@@ -51,8 +51,8 @@ class RowTiling(NamedTuple):
     forward_programs: int
     """Maximum number of Triton programs in a forward launch. Each program computes its rows one after another."""
     backward_programs: int
-    """Maximum number of Triton programs in a backward launch. Besides its rows, each program writes float32 sums as
-    wide as a row. To write few sums, a launch has only as many programs as the GPU runs at once."""
+    """Maximum number of Triton programs in a backward launch. Each program writes rows, and float32 sums that are as
+    wide as a row. The limit is about the number of programs that the GPU runs at once, so that few sums are written."""
 
 
 def choose_row_tiling(architecture: int, width: int) -> RowTiling:

@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 MAX_PIXELS = 89_478_485
 """Maximum pixels of an image: Pillow's limit against decompression bombs, 256 MiB of decoded RGB."""
 MAX_IMAGE_BYTES = 1 << 28
-"""Maximum bytes of an image file: as many as an uncompressed RGB image with `MAX_PIXELS` pixels has."""
+"""Maximum size of an image file in bytes. An RGB image with `MAX_PIXELS` pixels has this size without compression."""
 MAX_DECODING_BYTES = 300_000_000
 """Maximum memory in bytes for decoding one image, including the file and all copies of the pixels."""
 _STRIP_PIXELS = 1 << 20
