@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from beit3_ds.config import ConfigError, RunConfig, build_run_config, load_run_config
-from beit3_ds.config.prefetch import plan_prefetch
+from beit3_ds.config.prefetch import image_bytes, plan_prefetch
 from beit3_ds.planner import HostRequirements, NodeSize, check_node, describe_host, host_requirements
 from tests.run_config import small_run_mapping
 
@@ -51,6 +51,18 @@ def test_shared_memory_is_that_of_the_ranks_that_read() -> None:
     assert requirements(divided, 8, 8).shm == 2 * sum(views)
     assert requirements(divided, 8, 4).shm == 2 * max(views)  # catches the average of the nodes
     assert requirements(divided, 8, 8).num_workers == 4 * 2
+
+
+def test_validation_batches_hold_the_images_of_both_kinds() -> None:
+    found = []
+    for kinds in ((), ("images",), ("pairs",), ("images", "pairs")):
+        mapping = small_run_mapping(3, samples=(8, 8, 8), accumulation=4)
+        for kind in ("images", "pairs"):
+            mapping["beit3_ds"]["data"][kind]["validation"] = [{"path": "apart/*.tar"}] if kind in kinds else []
+        run = build_run_config(mapping)
+        found.append(requirements(run, 2, 2).validation)
+    bytes_of_kind = run.training.loss_samples * image_bytes(run)  # both ranks together
+    assert found == [0, bytes_of_kind, bytes_of_kind, 2 * bytes_of_kind]
 
 
 def test_offloaded_state_is_host_memory() -> None:
